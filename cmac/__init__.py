@@ -1,0 +1,1 @@
+"""Cross-Modal Attention Consistency: encoders, attention, losses, pretraining and evaluation."""

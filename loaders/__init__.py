@@ -1,0 +1,1 @@
+"""Shards to batches: decoding, cropping, log-mel and augmentation."""

@@ -1,0 +1,40 @@
+"""Install CMAC: audio-visual self-supervised pretraining with cross-modal attention consistency."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cmac",
+    version="0.1.0",
+    description="Cross-Modal Attention Consistency: audio-visual self-supervised pretraining from tar shards",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["cmac", "cmac.*", "loaders", "loaders.*", "shards", "shards.*"]),
+    package_data={"cmac.evaluation": ["*.html.j2"]},
+    install_requires=[
+        # torch and torchaudio are one build: torchaudio refuses a torch of another CUDA version.
+        "torch==2.11.*",
+        "torchaudio==2.11.*",
+        "nvidia-dali-cuda130; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "av>=14",
+        "ffmpeg-python>=0.2",
+        "imageio-ffmpeg>=0.5",  # brings its own ffmpeg binary for machines that have none
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "rich>=13",
+        "tensorboard>=2.15",
+        "tyro>=0.9",
+        "webdataset>=0.2.100",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "scikit-learn>=1.4",
+            "torchvision==0.26.*",  # the build that goes with torch 2.11
+        ],
+    },
+)
