@@ -1,0 +1,191 @@
+"""Read clips of a shard by number, checked against their checksums. No tar scan: the index says where bytes are."""
+
+import os
+import struct
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.schema import MEMBER_SUFFIXES, SAMPLE_RATE, SAMPLES_PER_CLIP, BadClip, ClipInfo
+from shards.writer import INDEX_VERSION
+
+WAV_HEADER = struct.pack(
+    "<4sI4s4sIHHIIHH4sI",
+    b"RIFF", 36 + 2 * SAMPLES_PER_CLIP, b"WAVE",
+    b"fmt ", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16,
+    b"data", 2 * SAMPLES_PER_CLIP,
+)  # fmt: skip
+"""The 44 bytes that every `key.wav` starts with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawClip:
+    """One clip as it is on disk."""
+
+    info: ClipInfo
+    video: bytes
+    """`key.mp4`."""
+    audio: bytes
+    """`key.wav`: 44 bytes of header, then 24,000 little-endian 16-bit samples."""
+    shard: str
+    """File name of the tar."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    offset: int
+    size: int
+    name: str
+
+
+class ShardReader:
+    """Random access to the clips of one tar file. Can be shared by threads and survives fork and pickling.
+
+    Args:
+        path: the tar; the index is beside it, with the suffix `.idx`.
+
+    Raises:
+        ValueError: no tar, no index, or an index that does not fit the tar.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.shard = self.path.name
+        self._samples = _read_index(self.path.with_suffix(".idx"))
+        self._descriptor = -1
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} does not exist; copy it again or re-run make_shards") from None
+        size = os.fstat(self._descriptor).st_size
+        end = max(member.offset + member.size for sample in self._samples for member in sample.values())
+        if size % tarfile.BLOCKSIZE or size < end + 2 * tarfile.BLOCKSIZE:
+            self.close()
+            raise ValueError(
+                f"{self.path} has {size} bytes, expected more than {end} by its index: the tar was cut or the index is "
+                f"of another tar; copy both again or re-run make_shards"
+            )
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def key(self, position: int) -> str:
+        """Key of the clip at `position`, from the index."""
+        return next(iter(self._samples[position].values())).name.partition(".")[0]
+
+    def read(self, position: int) -> RawClip:
+        """Clip number `position`, 0 <= position < len.
+
+        Raises:
+            BadClip: this clip is damaged: `missing-member`, `stale-index`, `bad-json`, `checksum`, `sample-count`.
+            IndexError: no such position.
+        """
+        sample = self._samples[position]
+        key = self.key(position)
+        if set(MEMBER_SUFFIXES) - set(sample):
+            raise BadClip(key, self.shard, "missing-member")
+        # One read for the whole clip, headers included: members are adjacent.
+        first = min(member.offset for member in sample.values()) - tarfile.BLOCKSIZE
+        last = max(member.offset + member.size for member in sample.values())
+        data = self._pread(first, last - first, key)
+        members = {}
+        for suffix in MEMBER_SUFFIXES:
+            member = sample[suffix]
+            start = member.offset - first
+            if not _header_fits(data[start - tarfile.BLOCKSIZE : start], member):
+                raise BadClip(key, self.shard, "stale-index")
+            members[suffix] = data[start : start + member.size]
+        try:
+            info = ClipInfo.from_json(members["json"])
+        except ValueError as error:
+            raise BadClip(key, self.shard, "bad-json") from error
+        if info.key != key:
+            raise BadClip(key, self.shard, "bad-json")
+        crcs = (zlib.crc32(members["mp4"]), zlib.crc32(members["wav"]))
+        if crcs != (info.video_crc32, info.audio_crc32):
+            raise BadClip(key, self.shard, "checksum")
+        if len(members["wav"]) != len(WAV_HEADER) + 2 * SAMPLES_PER_CLIP or members["wav"][:44] != WAV_HEADER:
+            raise BadClip(key, self.shard, "sample-count")
+        return RawClip(info=info, video=members["mp4"], audio=members["wav"], shard=self.shard)
+
+    def _pread(self, offset: int, length: int, key: str) -> bytes:
+        parts = []
+        while length:
+            part = os.pread(self._descriptor, length, offset)
+            if not part:
+                raise BadClip(key, self.shard, "stale-index")
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Close the file; reading afterwards is an error. Calling it twice is not."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["path"])
+
+
+def _header_fits(header: bytes, member: _Member) -> bool:
+    """True if the 512 bytes before a member are a tar header of its name and size."""
+    name = header[:100].rstrip(b"\0")
+    digits = header[124:136].strip(b" \0")
+    return (
+        name == member.name.encode("ascii")
+        and digits.isdigit()
+        and all(digit in b"01234567" for digit in digits)
+        and int(digits, 8) == member.size
+    )
+
+
+def _read_index(path: Path) -> list[dict[str, _Member]]:
+    """Per clip: suffix -> member. ValueError if there is no index or it is not one."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist, expected DALI's index beside the tar; copy it again, "
+            f"re-run make_shards, or write it with wds2idx"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not an index ({error}); copy it again or re-run make_shards") from error
+    head = lines[0].split() if lines else []
+    if len(head) != 2 or head[0] != INDEX_VERSION or head[1] != str(len(lines) - 1) or len(lines) < 2:
+        raise ValueError(
+            f"{path} starts with {lines[0] if lines else ''!r} and has {len(lines)} lines, expected "
+            f"'{INDEX_VERSION} <number of clips>' and one line per clip; copy it again or re-run make_shards"
+        )
+    samples = []
+    for number, line in enumerate(lines[1:], start=2):
+        words = line.split(" ")
+        try:
+            sample = {
+                words[i]: _Member(int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)
+            }
+            good = all(member.offset >= tarfile.BLOCKSIZE and member.size >= 0 for member in sample.values())
+        except (ValueError, IndexError):
+            good = False
+        if not good:
+            raise ValueError(f"{path}, line {number} is {line!r}, expected 'suffix offset size name' per member")
+        samples.append(sample)
+    return samples
