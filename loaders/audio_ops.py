@@ -1,0 +1,209 @@
+"""From waveform to log-mel, and SpecAugment: the reference in plain torch, and what the portable loader runs.
+
+Axes: F mel bins, S steps. All functions take any leading dimensions.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loaders.augment import ClipAugmentation
+from loaders.config import AudioConfig
+
+GDT_PRE_EMPHASIS = 0.97
+
+
+def log_mel_spectrogram(waveform: Tensor, config: AudioConfig, normalize: bool = True) -> Tensor:
+    """Log-mel of a waveform, without augmentation.
+
+    `log-mel`: window of window_samples (periodic Hann), centered on every hop_samples-th sample with reflected edges and
+    zero-padded to n_fft; power; continuous triangular HTK mel filters without area normalization; ln(power + log_offset).
+
+    `gdt`: int16 scale, pre-emphasis x[t] - 0.97 x[t-1], rectangular windows from sample 0, power / n_fft, filters with
+    corners rounded down to FFT bins; ln, with zero replaced by the float64 epsilon (-36.04).
+
+    Args:
+        waveform: float32 (..., num_samples) in [-1, 1) at config.sample_rate.
+        config: the front end.
+        normalize: subtract log_mel_mean and divide by log_mel_std.
+
+    Returns:
+        float32 (..., F, S) with S = config.num_steps(num_samples).
+
+    Raises:
+        ValueError: the waveform is too short to reflect at its edges (`log-mel`: n_fft // 2 samples or fewer) or empty.
+    """
+    num_samples = waveform.shape[-1]
+    if num_samples < 1 or (config.front_end == "log-mel" and num_samples <= config.n_fft // 2):
+        raise ValueError(
+            f"waveform has {num_samples} samples, expected more than {config.n_fft // 2} (half of loader.audio.n_fft)"
+        )
+    leading = waveform.shape[:-1]
+    waveform = waveform.reshape(-1, num_samples)
+    if config.front_end == "log-mel":
+        log_mel = _log_mel(waveform, config)
+    else:
+        log_mel = _gdt_log_mel(waveform, config)
+    if normalize:
+        log_mel = log_mel.sub_(config.log_mel_mean).div_(config.log_mel_std)
+    return log_mel.reshape(*leading, *log_mel.shape[-2:])
+
+
+def _log_mel(waveform: Tensor, config: AudioConfig) -> Tensor:
+    window = _hann_window(config.window_samples).to(waveform.device)
+    spectrum = torch.stft(
+        waveform, config.n_fft, config.hop_samples, config.window_samples, window, center=True, pad_mode="reflect",
+        return_complex=True,
+    )  # fmt: skip
+    power = spectrum.real.square().add_(spectrum.imag.square())  # (N, n_fft // 2 + 1, S)
+    filters = _sparse_filters("log-mel", config.n_fft, config.sample_rate, config.num_mel_bins)
+    return _apply_filters(filters, power).add_(config.log_offset).log_()
+
+
+def _gdt_log_mel(waveform: Tensor, config: AudioConfig) -> Tensor:
+    waveform = waveform * 32768.0
+    emphasized = torch.cat([waveform[:, :1], waveform[:, 1:] - GDT_PRE_EMPHASIS * waveform[:, :-1]], dim=1)
+    num_steps = config.num_steps(waveform.shape[1])
+    padded_samples = (num_steps - 1) * config.hop_samples + config.window_samples
+    emphasized = functional.pad(emphasized, (0, padded_samples - waveform.shape[1]))
+    windows = emphasized.unfold(1, config.window_samples, config.hop_samples)  # (N, S, window)
+    spectrum = torch.fft.rfft(windows, n=config.n_fft)
+    power = spectrum.real.square().add_(spectrum.imag.square()).div_(config.n_fft).mT  # (N, n_fft // 2 + 1, S)
+    filters = _sparse_filters("gdt", config.n_fft, config.sample_rate, config.num_mel_bins)
+    mel = _apply_filters(filters, power)
+    return mel.masked_fill_(mel == 0, torch.finfo(torch.float64).eps).log_()
+
+
+def _apply_filters(filters: Tensor, power: Tensor) -> Tensor:
+    """filters (F, B), sparse, on power (N, B, S) -> (N, F, S); about 2 of B weights of a filter are not zero."""
+    num_clips, num_bins, num_steps = power.shape
+    columns = power.transpose(0, 1).reshape(num_bins, num_clips * num_steps)
+    mel = torch.sparse.mm(filters.to(power.device), columns)  # (F, N * S)
+    return mel.reshape(-1, num_clips, num_steps).transpose(0, 1)  # (N, F, S)
+
+
+@lru_cache(maxsize=8)
+def _hann_window(num_samples: int) -> Tensor:
+    return torch.hann_window(num_samples, periodic=True)
+
+
+@lru_cache(maxsize=8)
+def _sparse_filters(front_end: str, n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
+    build = mel_filters if front_end == "log-mel" else gdt_mel_filters
+    return build(n_fft, sample_rate, num_mel_bins).to_sparse().coalesce()
+
+
+def mel_filters(n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
+    """float32 (F, n_fft // 2 + 1): continuous triangular HTK mel filters of peak 1 from 0 Hz to sample_rate / 2."""
+    import torchaudio.functional  # here: the rest of this module is of use without it
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torchaudio warns of empty filters; has_empty_filters tells
+        filters = torchaudio.functional.melscale_fbanks(
+            n_fft // 2 + 1, 0.0, sample_rate / 2, num_mel_bins, sample_rate, norm=None, mel_scale="htk"
+        )
+    return filters.T.contiguous()
+
+
+def gdt_mel_filters(n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
+    """float32 (F, n_fft // 2 + 1): triangular HTK mel filters whose corners are rounded down to FFT bins.
+
+    Corner m lies at bin floor((n_fft + 1) * hz(m) / sample_rate), hz(m) evenly spaced in mel from 0 Hz to sample_rate / 2.
+    Corners that fall on one bin leave a filter empty: 38 of 257 at 24 kHz and n_fft 1024.
+    """
+    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    mels = torch.linspace(0, top, num_mel_bins + 2, dtype=torch.float64)
+    hertz = 700 * (10 ** (mels / 2595) - 1)
+    corners = torch.floor((n_fft + 1) * hertz / sample_rate)
+    left, center, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64)
+    rising = (bins - left) / (center - left).clamp(min=1)
+    falling = (right - bins) / (right - center).clamp(min=1)
+    filters = torch.where((bins >= left) & (bins < center), rising, 0.0)
+    filters = torch.where((bins >= center) & (bins < right), falling, filters)
+    return filters.to(torch.float32)
+
+
+def time_warp(log_mel: Tensor, center: int, shift: int) -> Tensor:
+    """log_mel with step `center` moved to `center + shift`, the parts before and after stretched or squeezed to fit.
+
+    Piecewise linear: the segments [0, center] and [center, S-1] are resampled (linear interpolation) to [0, center+shift]
+    and [center+shift, S-1]; the first and last step stay. A shift of 0 gives log_mel itself.
+
+    Choice: 1-D resampling of two segments in place of SpecAugment's 2-D sparse image warp: what it amounts to when
+    the control points lie on one horizontal line.
+
+    Args:
+        log_mel: float (..., F, S).
+        center: the step that moves, 1 .. S-2.
+        shift: by how many steps; center + shift must lie in 1 .. S-2.
+
+    Raises:
+        ValueError: center or center + shift outside 1 .. S-2.
+    """
+    if shift == 0:
+        return log_mel
+    last = log_mel.shape[-1] - 1
+    target = center + shift
+    if not (1 <= center < last and 1 <= target < last):
+        raise ValueError(f"time warp moves step {center} to {target}, expected both in 1 .. {last - 1}")
+    steps = torch.arange(last + 1, device=log_mel.device, dtype=torch.float64)
+    before = steps * center / target
+    after = center + (steps - target) * (last - center) / (last - target)
+    source = torch.where(steps <= target, before, after)  # (S,)
+    low = source.floor().long().clamp_(max=last - 1)
+    weight = (source - low).to(log_mel.dtype)
+    # The products are of small whole numbers, so source is exact at `target`: step `center` is moved, not blurred.
+    return log_mel[..., low] * (1 - weight) + log_mel[..., low + 1] * weight
+
+
+def mask_frequencies(log_mel: Tensor, masks: Iterable[tuple[int, int]], fill: float = 0.0) -> Tensor:
+    """Copy of log_mel (..., F, S) with the bins of each mask (first bin, number of bins) set to fill (0: the mean)."""
+    log_mel = log_mel.clone()
+    for start, width in masks:
+        log_mel[..., start : start + width, :] = fill
+    return log_mel
+
+
+def mask_times(log_mel: Tensor, masks: Iterable[tuple[int, int]], fill: float = 0.0) -> Tensor:
+    """Copy of log_mel (..., F, S) with the steps of each mask (first step, number of steps) set to fill (0: the mean)."""
+    log_mel = log_mel.clone()
+    for start, width in masks:
+        log_mel[..., start : start + width] = fill
+    return log_mel
+
+
+def augment_log_mel(log_mel: Tensor, augmentation: ClipAugmentation) -> Tensor:
+    """Time warp, frequency masks, time masks, in this order, on a normalized log_mel (..., F, S)."""
+    log_mel = time_warp(log_mel, augmentation.warp_center, augmentation.warp_shift)
+    log_mel = mask_frequencies(log_mel, augmentation.frequency_masks)
+    return mask_times(log_mel, augmentation.time_masks)
+
+
+def log_mel_statistics(waveforms: Iterable[Tensor], config: AudioConfig) -> tuple[float, float]:
+    """(mean, standard deviation) of the unnormalized log-mel over all bins and steps of the waveforms.
+
+    What LoaderConfig's audio.log_mel_mean and audio.log_mel_std should be for a data set.
+
+    Args:
+        waveforms: float32 (..., num_samples), each at config.sample_rate.
+        config: the front end; its own log_mel_mean and log_mel_std do not matter.
+
+    Raises:
+        ValueError: there are no waveforms.
+    """
+    count, total, total_square = 0, 0.0, 0.0
+    for waveform in waveforms:
+        values = log_mel_spectrogram(waveform, config, normalize=False).double()
+        count += values.numel()
+        total += values.sum().item()
+        total_square += values.square().sum().item()
+    if count == 0:
+        raise ValueError("no waveforms to measure log-mel statistics on")
+    mean = total / count
+    return mean, math.sqrt(max(total_square / count - mean * mean, 0.0))

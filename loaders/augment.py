@@ -1,0 +1,171 @@
+"""What is done to a clip, drawn from (seed, epoch, key) alone.
+
+The draws are plain numbers in a ClipAugmentation, apart from the code that applies them, so that every backend can be fed
+the same ones. Each kind of augmentation has a random stream of its own: switching one on or off, or changing its
+parameters, leaves the others as they were.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loaders.config import AudioConfig, VideoConfig
+
+if TYPE_CHECKING:
+    from shards.schema import ClipInfo
+
+COLOR_OPERATIONS = ("brightness", "contrast", "saturation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipAugmentation:
+    """What was done to one clip. Pixels are those of the scaled frame (before the crop), steps and bins those of log_mel."""
+
+    scaled_height: int
+    """Height of the scaled frame the crop was cut from, pixels."""
+    scaled_width: int
+    """Width of the scaled frame, pixels."""
+    crop_top: int
+    """First row of the crop."""
+    crop_left: int
+    """First column of the crop."""
+    crop_size: int
+    """Side of the square crop, pixels."""
+    flip: bool = False
+    """Whether the crop was then mirrored left to right."""
+    color_order: tuple[str, ...] = ()
+    """Order in which brightness, contrast and saturation were changed; empty: colors untouched."""
+    brightness: float = 1.0
+    """Brightness factor."""
+    contrast: float = 1.0
+    """Contrast factor."""
+    saturation: float = 1.0
+    """Saturation factor."""
+    warp_center: int = 0
+    """Time warp: the step that moves."""
+    warp_shift: int = 0
+    """Time warp: by how many steps (0: no warp)."""
+    frequency_masks: tuple[tuple[int, int], ...] = ()
+    """(first bin, number of bins) of each frequency mask."""
+    time_masks: tuple[tuple[int, int], ...] = ()
+    """(first step, number of steps) of each time mask; applied after the warp."""
+
+
+def random_stream(*parts: object) -> np.random.Philox:
+    """Philox generator keyed by blake2b of the parts: the same parts give the same numbers on every machine."""
+    text = "\0".join(str(part) for part in parts).encode("utf-8", "surrogateescape")
+    return np.random.Philox(key=int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little"))
+
+
+def random_permutation(count: int, stream: np.random.Philox) -> np.ndarray:
+    """int64 (count,): the numbers 0 .. count-1 in random order.
+
+    Built from the raw 64-bit stream, which numpy never changes; Generator.permutation may differ between its releases.
+    """
+    return np.argsort(stream.random_raw(count), kind="stable").astype(np.int64)
+
+
+class _Draw:
+    """Numbers of one named stream of a clip."""
+
+    def __init__(self, *parts: object) -> None:
+        self._stream = random_stream(*parts)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """A number in [low, high), from the 53 top bits of one raw draw."""
+        return low + (high - low) * ((int(self._stream.random_raw()) >> 11) * 2.0**-53)
+
+    def integer(self, low: int, high: int) -> int:
+        """A whole number in low .. high, both included."""
+        return low + int(self.uniform() * (high - low + 1))
+
+
+def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """(width, height) after scaling so that the shorter side is short_side pixels; the longer is rounded."""
+    if width <= height:
+        return short_side, max(short_side, round(height * short_side / width))
+    return max(short_side, round(width * short_side / height)), short_side
+
+
+def crop_in_source(clip: "ClipInfo", augmentation: ClipAugmentation) -> tuple[float, float, float, float]:
+    """(x, y, width, height) of a clip's crop in pixels of its source video, display orientation.
+
+    With augmentation.flip the crop was mirrored: its column c came from column crop_size - 1 - c of this window.
+    """
+    x, y, width, height = clip.source_crop
+    across, down = width / augmentation.scaled_width, height / augmentation.scaled_height
+    return (
+        x + augmentation.crop_left * across,
+        y + augmentation.crop_top * down,
+        augmentation.crop_size * across,
+        augmentation.crop_size * down,
+    )
+
+
+def draw_augmentation(
+    video: VideoConfig,
+    audio: AudioConfig,
+    seed: int,
+    epoch: int,
+    key: str,
+    height: int,
+    width: int,
+    num_steps: int,
+) -> ClipAugmentation:
+    """What is done to the clip `key` in `epoch`: a function of (seed, epoch, key) and of the configuration.
+
+    Args:
+        video: crop, flip and color settings; with augment=False the crop is the center and nothing else is done.
+        audio: warp and mask settings; with augment=False there are none.
+        seed: LoaderConfig.seed.
+        epoch: epoch number.
+        key: the clip's key.
+        height: of the scaled frame, pixels; at least video.crop_size.
+        width: of the scaled frame, pixels; at least video.crop_size.
+        num_steps: S, steps of the clip's log-mel.
+    """
+    assert min(height, width) >= video.crop_size, f"crop {video.crop_size} of a {width}x{height} frame"
+    fields: dict[str, object] = {}
+
+    room_y, room_x = height - video.crop_size, width - video.crop_size
+    fields["crop_top"], fields["crop_left"] = room_y // 2, room_x // 2
+    if video.augment:
+        draw = _Draw(seed, epoch, key, "crop")
+        fields["crop_top"], fields["crop_left"] = draw.integer(0, room_y), draw.integer(0, room_x)
+        fields["flip"] = _Draw(seed, epoch, key, "flip").uniform() < video.flip_probability
+    if video.augment and video.color_jitter:
+        draw = _Draw(seed, epoch, key, "color")
+        for name in COLOR_OPERATIONS:
+            strength = getattr(video, name)
+            fields[name] = draw.uniform(1 - strength, 1 + strength)
+        remaining = list(COLOR_OPERATIONS)
+        fields["color_order"] = tuple(remaining.pop(draw.integer(0, len(remaining) - 1)) for _ in COLOR_OPERATIONS)
+
+    if audio.augment:
+        reach = audio.time_warp_steps
+        if reach > 0:
+            # Choice: the step stays at least one step away from both ends before and after, so neither segment vanishes.
+            draw = _Draw(seed, epoch, key, "time-warp")
+            fields["warp_center"] = draw.integer(reach + 1, num_steps - 2 - reach)
+            fields["warp_shift"] = draw.integer(-reach, reach)
+        fields["frequency_masks"] = _draw_masks(
+            _Draw(seed, epoch, key, "frequency-mask"),
+            audio.num_frequency_masks,
+            audio.frequency_mask_bins,
+            audio.num_mel_bins,
+        )
+        fields["time_masks"] = _draw_masks(
+            _Draw(seed, epoch, key, "time-mask"), audio.num_time_masks, audio.time_mask_steps, num_steps
+        )
+    return ClipAugmentation(scaled_height=height, scaled_width=width, crop_size=video.crop_size, **fields)
+
+
+def _draw_masks(draw: _Draw, count: int, widest: int, length: int) -> tuple[tuple[int, int], ...]:
+    """count masks as (start, width): width uniform in 0 .. widest-1, start uniform where the mask fits."""
+    masks = []
+    for _ in range(count):
+        width = draw.integer(0, widest - 1)
+        masks.append((draw.integer(0, length - width), width))
+    return tuple(masks)
