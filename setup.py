@@ -17,6 +17,7 @@ setup(
         "torchaudio==2.11.*",
         "nvidia-dali-cuda130; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "av>=14",
+        "dacite>=1.8",
         "ffmpeg-python>=0.2",
         "imageio-ffmpeg>=0.5",  # brings its own ffmpeg binary for machines that have none
         "jinja2>=3.1",

@@ -1,0 +1,199 @@
+"""One run's configuration, and the presets named after the paper's runs."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+import dacite
+
+from cmac.attention import AttentionConfig
+from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
+from cmac.losses import LossConfig
+from cmac.model import ModelConfig
+from loaders.config import AudioConfig, LoaderConfig, VideoConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule; the defaults are section 4.1's."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` with momentum (the paper) or `adamw` (small models from scratch)."""
+    learning_rate: float = 0.01
+    """Peak learning rate. Choice: taken literally; GDT, whose schedule the paper shares, multiplies it by the number
+    of GPUs (`learning_rate_per_rank`)."""
+    learning_rate_per_rank: bool = False
+    """Multiply the peak by the number of ranks."""
+    weight_decay: float = 1e-5
+    """Applied to all parameters."""
+    momentum: float = 0.9
+    """Of SGD; beta_1 of AdamW."""
+    warmup_epochs: float = 10.0
+    """Epochs over which the learning rate grows linearly from 0 to its peak ("gradual warm-up")."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up. Choice: constant, as GDT's Kinetics-400 script has it; the paper names none."""
+    clip_gradient_norm: float = 0.0
+    """Scale gradients down to this norm; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}, expected more than 0")
+        for name in ("weight_decay", "warmup_epochs", "clip_gradient_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected at least 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum is {self.momentum}, expected a value from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that fixes a pretraining run."""
+
+    run_dir: str = "runs/pretrain"
+    """Folder of this run: config.json, log.jsonl, tb/, checkpoints/."""
+    epochs: int = 200
+    """Passes over the videos; an epoch reads one clip of each."""
+    max_steps: int | None = None
+    """Stop after this many optimization steps, however many epochs are left."""
+    seed: int = 0
+    """Initial weights and the shuffling of keys over ranks; `loader.seed` fixes what is read."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is any."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type of the encoders; losses, norms, attention and momentum copies stay float32. `auto`: bf16 on
+    GPUs that have it, fp16 with loss scaling on older ones, fp32 on CPU."""
+    channels_last: bool = True
+    """Keep activations and weights channels-last, what cuDNN's tensor-core kernels and oneDNN read."""
+    cpu_threads: int = 0
+    """Threads per rank for CPU computation; 0 shares the usable cores among the ranks of this machine."""
+    log_every: int = 10
+    """Steps from one log row to the next. Only logging steps wait for the device."""
+    checkpoint_every: int = 1000
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint in run_dir; `never` refuses a folder that has one."""
+    loader: LoaderConfig
+    """What is read and how."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Encoders, attention, queue."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Terms of Eq. (8)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}, expected at least 1")
+        if not self.run_dir:
+            raise ValueError("run_dir is empty, expected the folder that this run writes to")
+        needs_second = self.loss.positives != "cross"
+        if needs_second and self.loader.clips_per_video != 2:
+            raise ValueError(
+                f"loss.positives is {self.loss.positives!r} and loader.clips_per_video is "
+                f"{self.loader.clips_per_video}; within-modal positives need 2"
+            )
+        if self.loader.clips_per_video == 2 and not needs_second:
+            raise ValueError(
+                "loader.clips_per_video is 2 but loss.positives 'cross' uses one clip per video; "
+                "set it to 1 or loss.positives to 'within' or 'both'"
+            )
+
+
+def config_to_dict(config: RunConfig) -> dict:
+    """Plain nested dictionary that `json.dumps` takes and `config_from_dict` reads back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_from_dict(data: dict) -> RunConfig:
+    """Inverse of `config_to_dict`.
+
+    Raises:
+        ValueError: a field is unknown, missing or of the wrong type (the message names it).
+    """
+    try:
+        return dacite.from_dict(RunConfig, data, dacite.Config(cast=[tuple, float], strict=True))
+    except dacite.DaciteError as error:
+        raise ValueError(f"this configuration does not fit this version of cmac: {error}") from error
+
+
+def pretrain_k400(shards: str = "shards/k400-train") -> RunConfig:
+    """Section 4.1 with section 4.5's final schedule: 200 epochs, global batch 128, color jitter.
+
+    Command: torchrun --nproc-per-node 8 train.py pretrain-k400 --loader.shards FOLDER
+    Hardware: the paper used 8 V100; any number of ranks that divides 128 gives the same batches.
+    Result: not run here; the paper reports 90.3 % on UCF101 and 61.1 % on HMDB51 after fine-tuning (Table 4).
+    """
+    return RunConfig(
+        run_dir="runs/pretrain-k400",
+        epochs=200,
+        loader=LoaderConfig(shards=shards, global_batch_size=128, video=VideoConfig(color_jitter=True)),
+    )
+
+
+def pretrain_k400_ablation(shards: str = "shards/k400-train") -> RunConfig:
+    """Section 4.3, the setting of Tables 1-3 and Fig. 4: 50 epochs, global batch 64, no color jitter.
+
+    Command: torchrun --nproc-per-node 8 train.py pretrain-k400-ablation --loader.shards FOLDER
+    Result: not run here; the paper reports 87.2 % on UCF101 and 57.8 % on HMDB51, split 1 (Table 1).
+    """
+    return RunConfig(
+        run_dir="runs/pretrain-k400-ablation",
+        epochs=50,
+        loader=LoaderConfig(shards=shards, global_batch_size=64),
+    )
+
+
+def demo(shards: str = "runs/demo/shards/train") -> RunConfig:
+    """Small enough for two CPU cores in minutes: 64-pixel crops, 8 frames, three narrow stages.
+
+    Command: make demo
+    Choice: AdamW with cosine decay where the paper has SGD; SGD at the paper's rate learns too slowly for a run of a
+    few hundred steps. Momentum 0.99 and a queue of 1,024 for the same reason, and the squared error of Eq. (6)
+    averaged, so that lambda does not depend on the size of the maps.
+    """
+    return RunConfig(
+        run_dir="runs/demo",
+        epochs=1000,
+        max_steps=500,
+        device="cpu",
+        precision="fp32",
+        log_every=10,
+        checkpoint_every=250,
+        keep_checkpoints=2,
+        loader=LoaderConfig(
+            shards=shards,
+            global_batch_size=32,
+            num_workers=1,
+            prefetch_batches=8,
+            video=VideoConfig(num_frames=8, short_side=72, crop_size=64),
+            audio=AudioConfig(time_warp_steps=0, frequency_mask_bins=12),
+        ),
+        model=ModelConfig(
+            video=VideoEncoderConfig(widths=(16, 32, 64), blocks=(1, 1, 1), stem_width=12),
+            audio=AudioEncoderConfig(widths=(16, 32, 64), blocks=(1, 1, 1)),
+            attention=AttentionConfig(),
+            filter_channels=64,
+            embedding_dim=32,
+            momentum=0.99,
+            queue_length=1024,
+            batch_norm="local",
+        ),
+        loss=LossConfig(consistency_reduction="mean"),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=2e-3, weight_decay=1e-2, warmup_epochs=1.0, schedule="cosine"
+        ),
+    )
+
+
+PRESETS = {
+    "pretrain-k400": pretrain_k400,
+    "pretrain-k400-ablation": pretrain_k400_ablation,
+    "demo": demo,
+}
+"""Preset name -> function of the shards folder. The function's docstring is the preset's description."""

@@ -1,0 +1,366 @@
+"""Pretraining: the step, the schedule and the loop over a loader."""
+
+import dataclasses
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cmac.checkpoint import build_model, list_checkpoints, read_checkpoint, save_checkpoint
+from cmac.config import OptimizerConfig, RunConfig, config_to_dict
+from cmac.model import CMAC, StepOutput
+from cmac.provenance import git_commit
+from cmac.run_log import RunLog
+from loaders.batch import ClipBatch
+
+
+class Loader(Protocol):
+    """What `pretrain` needs of a loader; `loaders.build_loader` makes one."""
+
+    bad_clips: Counter[str]
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        """Batches of the rest of the current epoch; afterwards the position is the next epoch's start."""
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on all ranks."""
+
+    def state_dict(self) -> dict:
+        """Position after the last batch that was handed out."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a position, whatever the number of ranks was."""
+
+
+def learning_rate_at(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int, ranks: int) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up, then constant or cosine to zero."""
+    peak = config.learning_rate * (ranks if config.learning_rate_per_rank else 1)
+    warmup_steps = config.warmup_epochs * steps_per_epoch
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    if config.schedule == "cosine":
+        warmup *= 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    return peak * warmup
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over all trained parameters; weight decay on every one of them, as section 4.1 states it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = parameters[0].device.type == "cuda"
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.momentum, 0.999),
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` -> bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU; anything else unchanged."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+class Pretraining:
+    """Model, optimizer and step of one rank.
+
+    Args:
+        config: the run.
+        device: where this rank computes.
+        steps_per_epoch: length of the loader.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, steps_per_epoch: int) -> None:
+        if steps_per_epoch < 1:
+            raise ValueError(
+                f"an epoch has {steps_per_epoch} batches, expected at least 1: the shards hold fewer videos than "
+                f"loader.global_batch_size {config.loader.global_batch_size}; make it smaller"
+            )
+        self.config = config
+        self.device = device
+        self.steps_per_epoch = steps_per_epoch
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if self.distributed else 1
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.total_steps = config.epochs * steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.step = 0
+        self.train_seconds = 0.0
+
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, self.world_size).to(device)
+        if config.model.batch_norm == "sync" and self.world_size > 1:
+            if device.type != "cuda":
+                raise ValueError("model.batch_norm is 'sync', which needs CUDA; on CPU use 'shuffle' or 'local'")
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if config.channels_last:
+            use_channels_last(self.model)
+        self.model.train()
+        self.precision = resolve_precision(config.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.forward: nn.Module = self.model
+        if self.distributed and self.world_size > 1:
+            self.forward = DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # queues are equal on all ranks, batch-norm statistics are each rank's own
+                gradient_as_bucket_view=True,
+            )
+
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        optimizer = self.config.optimizer
+        return learning_rate_at(optimizer, self.step, self.steps_per_epoch, self.total_steps, self.world_size)
+
+    def train_step(self, batch: ClipBatch) -> StepOutput:
+        """One optimization step of Eq. (8) on this rank's part of a global batch; nothing waits for the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        batch = batch.to(self.device)
+        second = None if batch.second is None else (batch.second.frames, batch.second.log_mel)
+        valid = batch.valid if batch.second is None else batch.valid & batch.second.valid
+        # Two shuffles per step (of first and second clips), and a stream of its own per seed.
+        shuffle_seed = (self.config.seed << 40) + 2 * self.step
+        with self._autocast():
+            output = self.forward(batch.frames, batch.log_mel, batch.video_ids, valid, shuffle_seed, second)
+        self.scaler.scale(output.loss).backward()
+        if self.config.optimizer.clip_gradient_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_gradient_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.enqueue(output)
+        self.step += 1
+        return output
+
+    def _autocast(self) -> AbstractContextManager:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
+
+    def state_dict(self, loader: Loader) -> dict:
+        """What resuming exactly needs, beside the configuration. All ranks must call it."""
+        states = [self._rng_state()]
+        if self.world_size > 1:
+            states = [None] * self.world_size
+            dist.all_gather_object(states, self._rng_state())
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": loader.state_dict(),
+            "rng": states,
+            "train_seconds": self.train_seconds,
+            "commit": git_commit(),
+        }
+
+    def load_state_dict(self, state: dict, loader: Loader) -> None:
+        """Go on from a checkpoint's state, as `read_checkpoint` gives it."""
+        self.step = state["step"]
+        self.train_seconds = state["train_seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        loader.load_state_dict(state["loader"])
+        if len(state["rng"]) == self.world_size:
+            # Nothing in the step draws from these generators today (crops and shuffles have seeds of their own).
+            rng = state["rng"][self.rank]
+            torch.set_rng_state(rng["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"].cpu(), self.device)
+
+    def _rng_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+
+def use_channels_last(model: CMAC) -> None:
+    """Store convolution weights channels-last, so that activations follow."""
+    for module in (model.video, model.key_video, model.saliency_v):
+        module.to(memory_format=torch.channels_last_3d)
+    for module in (model.audio, model.key_audio, model.saliency_a):
+        module.to(memory_format=torch.channels_last)
+
+
+def pretrain(config: RunConfig, loader: Loader, device: torch.device) -> Pretraining:
+    """Train to the end of `config`, logging and saving into `config.run_dir`. Resumes exactly.
+
+    Raises:
+        ValueError: the run folder holds a run of another configuration.
+        FloatingPointError: the loss is no longer finite.
+    """
+    run_dir = Path(config.run_dir)
+    training = Pretraining(config, device, len(loader))
+    main_rank = training.rank == 0
+    _resume(training, loader, run_dir)
+    log = None
+    if main_rank:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8")
+        for name, count in training.model.parameter_counts().items():
+            print(f"{name}: {count:,} parameters", flush=True)
+        plan = f"{training.total_steps} steps of {config.loader.global_batch_size} clips"
+        print(f"{plan}, {training.precision}, {training.world_size} rank(s) on {device}", flush=True)
+        log = RunLog(run_dir, training.total_steps, training.step)
+    meter = _Meter(training)
+    try:
+        while training.step < training.total_steps:
+            for batch in _timed(loader, meter):
+                output = training.train_step(batch)
+                meter.add(output, batch)
+                if log is not None:
+                    log.advance(training.step)
+                last = training.step == training.total_steps
+                if training.step % config.log_every == 0 or last:
+                    row = meter.row(loader)
+                    if log is not None:
+                        log.write(row)
+                if training.step % config.checkpoint_every == 0 or last:
+                    state = training.state_dict(loader)
+                    if main_rank:
+                        folder = run_dir / "checkpoints"
+                        save_checkpoint(folder, training.step, config, state, config.keep_checkpoints)
+                if last:
+                    break
+    finally:
+        if log is not None:
+            log.close()
+    return training
+
+
+def _resume(training: Pretraining, loader: Loader, run_dir: Path) -> None:
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    if not checkpoints:
+        return
+    newest, config = checkpoints[-1], training.config
+    if config.resume == "never":
+        raise ValueError(f"{newest} exists and resume is 'never'; choose another run_dir or remove this one")
+    state = read_checkpoint(newest, training.device)
+    changed = _differences(config_to_dict(state["config"]), config_to_dict(config))
+    fixed = [line for line in changed if line.startswith(("model.", "loss.", "optimizer.name", "loader.clips_per"))]
+    if fixed:
+        raise ValueError(
+            f"{newest} was trained with another configuration: {'; '.join(fixed)}; choose another run_dir, "
+            "or give the values of the run that you want to go on with"
+        )
+    training.load_state_dict(state, loader)
+    if training.rank == 0:
+        print(f"going on from {newest} at step {training.step}", flush=True)
+        for line in changed:
+            print(f"  changed since: {line}", flush=True)
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`name: old -> new` for every field that differs."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before} -> {after}")
+    return lines
+
+
+def _timed(loader: Loader, meter: "_Meter") -> Iterator[ClipBatch]:
+    """The loader's batches; the time spent waiting for each goes to the meter."""
+    batches = iter(loader)
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        meter.wait_seconds += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch
+
+
+class _Meter:
+    """Figures between two log rows; tensors stay on the device until `row`."""
+
+    _MEANS = ("loss", "contrastive", "consistency", "accuracy_v2a", "accuracy_a2v")
+
+    def __init__(self, training: Pretraining) -> None:
+        self._training = training
+        self._first_step = training.step
+        self._started_run = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.wait_seconds = 0.0
+        self._started = time.perf_counter()
+        self._sums = torch.zeros(len(self._MEANS), device=self._training.device)
+        self._num_steps = 0
+        self._num_clips = 0
+
+    def add(self, output: StepOutput, batch: ClipBatch) -> None:
+        self._sums += torch.stack([getattr(output, name).detach() for name in self._MEANS])
+        self._num_steps += 1
+        self._num_clips += batch.num_clips
+        self._epoch = batch.epoch
+
+    def row(self, loader: Loader) -> dict[str, float | int]:
+        """A log row over the steps since the last one, averaged over ranks. All ranks must call it.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        training = self._training
+        bad = torch.tensor([float(loader.bad_clips.total()), float(self._num_clips)], device=training.device)
+        sums = self._sums / self._num_steps
+        if training.world_size > 1:
+            dist.all_reduce(sums)
+            sums /= training.world_size
+            dist.all_reduce(bad)
+        means = dict(zip(self._MEANS, sums.tolist(), strict=True))
+        bad_clips, num_clips = bad.tolist()
+        seconds = time.perf_counter() - self._started
+        training.train_seconds += seconds
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss is {means['loss']} at step {training.step}; lower optimizer.learning_rate "
+                f"({training.config.optimizer.learning_rate}), set optimizer.clip_gradient_norm, or use precision bf16"
+            )
+        done = training.step - self._first_step
+        per_step = (time.perf_counter() - self._started_run) / done
+        row = {
+            "step": training.step,
+            "epoch": self._epoch,
+            "loss": means["loss"],
+            "loss_contrastive": means["contrastive"],
+            "loss_consistency": means["consistency"],
+            "accuracy_v2a": means["accuracy_v2a"],
+            "accuracy_a2v": means["accuracy_a2v"],
+            "learning_rate": training.optimizer.param_groups[0]["lr"],
+            "clips_per_second": num_clips / seconds,
+            "data_wait_fraction": self.wait_seconds / seconds,
+            "bad_clips": int(bad_clips),
+            "train_seconds": training.train_seconds,
+            "eta_seconds": per_step * (training.total_steps - training.step),
+        }
+        self._reset()
+        return row
+

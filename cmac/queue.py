@@ -1,0 +1,45 @@
+"""The FIFO of past keys that MoCo takes negatives from, one per modality."""
+
+import torch
+from torch import Tensor, nn
+
+EMPTY = -1
+"""Video id of a slot that holds no usable key."""
+
+
+class KeyQueue(nn.Module):
+    """The newest `length` keys with the ids of their videos; all of it is in the state dict.
+
+    Slots start empty (MoCo starts them with random unit vectors; here they are left out of the loss until filled),
+    and a batch that does not divide the length wraps around.
+    """
+
+    def __init__(self, length: int, dim: int) -> None:
+        if length < 1:
+            raise ValueError(f"model.queue_length is {length}, expected at least 1")
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(length, dim))
+        self.register_buffer("video_ids", torch.full((length,), EMPTY, dtype=torch.int64))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, video_ids: Tensor, valid: Tensor | None = None) -> None:
+        """Replace the oldest entries. No host synchronisation.
+
+        Args:
+            keys: (N, D), unit norm. If N exceeds the length, the last ones stay.
+            video_ids: (N,) int64, at least 0.
+            valid: (N,) bool; a false row takes a slot that stays out of the loss.
+        """
+        length = self.keys.shape[0]
+        if valid is not None:
+            video_ids = torch.where(valid, video_ids, EMPTY)
+        keys, video_ids = keys[-length:].to(self.keys.dtype), video_ids[-length:]
+        slots = (self.position + torch.arange(len(keys), device=keys.device)) % length
+        self.keys.index_copy_(0, slots, keys)
+        self.video_ids.index_copy_(0, slots, video_ids)
+        self.position.copy_((self.position + len(keys)) % length)
+
+    def excluded(self, video_ids: Tensor) -> Tensor:
+        """(N, K) bool: slots that clip n must not count as negatives: empty ones, and clips of its own video."""
+        return (self.video_ids == EMPTY) | (self.video_ids == video_ids[:, None])
