@@ -20,13 +20,24 @@ from loaders import build_loader
 
 def parse(arguments: list[str]) -> RunConfig:
     """The configuration that a command line asks for. Prints help or what is wrong, and exits, as command lines do."""
-    name = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if name is not None and arguments[0] == name and name not in PRESETS:
+    name = arguments[0] if arguments else None
+    if name in PRESETS:
+        description = inspect.getdoc(PRESETS[name])
+        return tyro.cli(
+            RunConfig,
+            default=PRESETS[name](),
+            prog=f"train.py {name}",
+            description=description,
+            args=arguments[1:],
+        )
+    if name is not None and not name.startswith("-"):
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise SystemExit(f"train.py: {name!r} is no preset, expected one of {', '.join(PRESETS)}{hint}")
-    presets = {name: (inspect.getdoc(build).splitlines()[0], build()) for name, build in PRESETS.items()}
-    return tyro.extras.overridable_config_cli(presets, prog="train.py", args=arguments)
+    print("usage: train.py PRESET [--field value ...]\n\npresets (train.py PRESET --help lists the fields):")
+    for preset, build in PRESETS.items():
+        print(f"  {preset:24}{inspect.getdoc(build).splitlines()[0]}")
+    raise SystemExit(0 if name in ("-h", "--help") else "train.py: a preset is missing")
 
 
 def main() -> None:
