@@ -1,0 +1,79 @@
+"""A clip that plays with its sound: the picture, the guided map and the predicted map side by side."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cmac.evaluation.pictures import overlay, stretch
+
+PANELS = ("picture", "guided by sound", "predicted from picture")
+
+
+def map_per_frame(maps: np.ndarray, num_frames: int) -> np.ndarray:
+    """A map for each frame, linear between the middles of the map's steps: (T', H', W') -> (num_frames, H', W')."""
+    num_steps = len(maps)
+    position = np.clip((np.arange(num_frames) + 0.5) * num_steps / num_frames - 0.5, 0, num_steps - 1)
+    below = np.floor(position).astype(int)
+    above = np.minimum(below + 1, num_steps - 1)
+    weight = (position - below)[:, None, None]
+    return (1 - weight) * maps[below] + weight * maps[above]
+
+
+def overlay_panels(picture: np.ndarray, frames: np.ndarray, guided: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Three panels beside each other for each frame: uint8 (T, size, 3 * size, 3).
+
+    Args:
+        picture: uint8 (T, size, size, 3), shown in the first panel (with boxes drawn, where they are known).
+        frames: uint8 (T, size, size, 3), under the maps.
+        guided: (T', H', W'). Each map is stretched to its own range over the whole clip, so that its course over
+            time is kept.
+        predicted: (T', H', W').
+    """
+    num_frames, size = picture.shape[:2]
+    font = ImageFont.load_default(size=max(10, size // 18))
+    maps = [map_per_frame(stretch(values), num_frames) for values in (guided, predicted)]
+    result = []
+    for index in range(num_frames):
+        row = [picture[index], *(overlay(frames[index], values[index]) for values in maps)]
+        image = Image.fromarray(np.concatenate(row, axis=1))
+        draw = ImageDraw.Draw(image)
+        for panel, name in enumerate(PANELS):
+            place = (panel * size + 8, size - 6)
+            draw.text(place, name, fill=(255, 255, 255), font=font, anchor="ls", stroke_width=2, stroke_fill=(0, 0, 0))
+        result.append(np.asarray(image))
+    return np.stack(result)
+
+
+def encode_mp4(frames: np.ndarray, waveform: np.ndarray, fps: int, sample_rate: int, repeats: int = 1) -> bytes:
+    """MP4 file (H.264, AAC) that a browser plays.
+
+    Args:
+        frames: uint8 (T, H, W, 3), H and W even.
+        waveform: float32 (num_samples,) in [-1, 1], mono.
+        fps: frames per second.
+        sample_rate: Hz.
+        repeats: how often the whole is played; one second alone is over before one has looked.
+    """
+    num_frames, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"frames are {width}x{height}, expected even sides (4:2:0)")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=fps, options={"crf": "24", "preset": "veryfast"})
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        audio = container.add_stream("aac", rate=sample_rate, layout="mono")
+        for index in range(repeats * num_frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[index % num_frames]), format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, fps)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        samples = np.tile(np.clip(waveform, -1, 1).astype(np.float32), repeats)
+        for start in range(0, len(samples), 1024):
+            block = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], format="fltp", layout="mono")
+            block.sample_rate, block.pts, block.time_base = sample_rate, start, Fraction(1, sample_rate)
+            container.mux(audio.encode(block))
+        container.mux(audio.encode(None))
+    return buffer.getvalue()
