@@ -1,23 +1,13 @@
 """Read clips of a shard by number, checked against their checksums. No tar scan: the index says where bytes are."""
 
 import os
-import struct
 import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.schema import MEMBER_SUFFIXES, SAMPLE_RATE, SAMPLES_PER_CLIP, BadClip, ClipInfo
+from shards.schema import MEMBER_SUFFIXES, SAMPLES_PER_CLIP, WAV_HEADER, BadClip, ClipInfo
 from shards.writer import INDEX_VERSION
-
-WAV_HEADER = struct.pack(
-    "<4sI4s4sIHHIIHH4sI",
-    b"RIFF", 36 + 2 * SAMPLES_PER_CLIP, b"WAVE",
-    b"fmt ", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16,
-    b"data", 2 * SAMPLES_PER_CLIP,
-)  # fmt: skip
-"""The 44 bytes that every `key.wav` starts with."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RawClip:
@@ -108,7 +98,7 @@ class ShardReader:
         crcs = (zlib.crc32(members["mp4"]), zlib.crc32(members["wav"]))
         if crcs != (info.video_crc32, info.audio_crc32):
             raise BadClip(key, self.shard, "checksum")
-        if len(members["wav"]) != len(WAV_HEADER) + 2 * SAMPLES_PER_CLIP or members["wav"][:44] != WAV_HEADER:
+        if len(members["wav"]) != len(WAV_HEADER) + 2 * SAMPLES_PER_CLIP or not members["wav"].startswith(WAV_HEADER):
             raise BadClip(key, self.shard, "sample-count")
         return RawClip(info=info, video=members["mp4"], audio=members["wav"], shard=self.shard)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -30,6 +31,13 @@ MEMBER_SUFFIXES = ("mp4", "wav", "json")
 """Order of a clip's members in the tar."""
 SILENCE_FLOOR_DBFS = -120.0
 """`loudness_dbfs` of a clip whose samples are all zero (JSON has no minus infinity)."""
+WAV_HEADER = struct.pack(
+    "<4sI4s4sIHHIIHH4sI",
+    b"RIFF", 36 + 2 * SAMPLES_PER_CLIP, b"WAVE",
+    b"fmt ", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16,
+    b"data", 2 * SAMPLES_PER_CLIP,
+)  # fmt: skip
+"""The 44 bytes that every `key.wav` starts with."""
 
 
 class BadClip(Exception):

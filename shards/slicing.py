@@ -1,0 +1,439 @@
+"""One video -> its 1-second clips: 32 frames and 24,000 samples each, in sync, checked by decoding them back.
+
+Time is counted on the source's presentation clock from the start of its container. Clips lie on a grid of seconds
+that starts where both streams have started, so nothing is made up at the front; a second counts as there only if the
+pass over the file really produced 32 frames and 24,000 samples for it, so nothing is made up at the end. The header's
+durations are only a hint: where the pass finds less than they promise, a second pass takes all that is there.
+"""
+
+import io
+import math
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import av.logging
+import numpy as np
+
+from shards.ffmpeg import AUDIO_FILE, FORMATS, PROTOCOLS, FfmpegTimeout, SliceCommand, run_ffmpeg
+from shards.order import hash_fraction, shuffled
+from shards.schema import (
+    FPS,
+    FRAME_SIZES,
+    FRAMES_PER_CLIP,
+    SAMPLE_RATE,
+    SAMPLES_PER_CLIP,
+    SILENCE_FLOOR_DBFS,
+    WAV_HEADER,
+)
+
+HALF_FRAME_SECONDS = 0.5 / FPS
+"""The video is on a grid of 1/32 s, to which times are rounded."""
+MAX_PROBE_PACKETS = 500
+"""The first frame is looked for in so many packets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceSettings:
+    """What the clips of a video depend on, besides the video and the seed."""
+
+    max_clips: int = 10
+    """At most so many different seconds of a video are kept; also the number of slots."""
+    max_seconds: int = 60
+    """Only the first so many seconds of a video are read."""
+    silence_dbfs: float = -60.0
+    """Seconds quieter than this (root mean square, dB relative to full scale) are dropped."""
+    crf: int = 23
+    """Quality of x264: lower is better and larger."""
+    preset: str = "medium"
+    """Speed of x264."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_clips <= 99:
+            raise ValueError(f"max_clips is {self.max_clips}, expected 1 to 99")
+        if self.max_seconds < self.max_clips:
+            raise ValueError(
+                f"max_seconds is {self.max_seconds}, expected at least max_clips ({self.max_clips}): "
+                f"raise --max-seconds or lower --max-clips"
+            )
+        if not SILENCE_FLOOR_DBFS <= self.silence_dbfs <= 0:
+            raise ValueError(f"silence_dbfs is {self.silence_dbfs}, expected {SILENCE_FLOOR_DBFS:g} to 0")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf is {self.crf}, expected 0 to 51")
+        presets = "ultrafast superfast veryfast faster fast medium slow slower veryslow".split()
+        if self.preset not in presets:
+            raise ValueError(f"preset is {self.preset!r}, expected one of {', '.join(presets)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlicedClip:
+    """One second."""
+
+    second: int
+    """On the video's grid of seconds."""
+    start_seconds: float
+    video: bytes
+    """mp4."""
+    audio: bytes
+    """wav."""
+    loudness_dbfs: float
+    video_crc32: int
+    audio_crc32: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoProbe:
+    """What the header and the first frame of a video say."""
+
+    video_stream: int
+    audio_stream: int
+    width: int
+    """Pixels, in display orientation."""
+    height: int
+    pixel_aspect: float
+    """Width / height of a pixel, in display orientation."""
+    fps: float
+    start_seconds: float
+    """Where both streams have started."""
+    end_seconds: float | None
+    """Where the first stream ends; None if the header does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlicedVideo:
+    """What is left of a video."""
+
+    reason: str
+    """Why there are no clips; with clips: '', or 'truncated' if the header promised a second more than is there."""
+    seconds: int
+    """Whole seconds in which picture and sound are both there, silent ones included."""
+    clips: tuple[SlicedClip, ...] = ()
+    """By time."""
+    probe: VideoProbe | None = None
+    crop: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """(x, y, width, height) of the part of the source frame that clips show, in pixels of the source."""
+    frame_size: tuple[int, int] = (0, 0)
+
+
+class Unusable(Exception):
+    """The video gives no clips; the argument is the reason, a short slug."""
+
+    @property
+    def reason(self) -> str:
+        return self.args[0]
+
+
+def slice_video(
+    path: str,
+    video_id: str,
+    seed: int,
+    settings: SliceSettings,
+    program: str,
+    timeout_seconds: float,
+    work_folder: str | None = None,
+) -> SlicedVideo:
+    """Clips of one video. Never raises for what is in the file.
+
+    Args:
+        path: the file.
+        video_id, seed: the random start within the first spare part of a second, and the random choice of seconds
+            where there are more than `max_clips`, depend on these.
+        program: ffmpeg, see `find_ffmpeg`.
+        timeout_seconds: for each pass.
+        work_folder: for temporary files; default: the system's.
+
+    Raises:
+        OSError: the disk is full or the work folder is gone.
+    """
+    try:
+        probe = probe_video(path)
+        return _slice_probed(path, video_id, seed, settings, program, timeout_seconds, work_folder, probe)
+    except Unusable as error:
+        return SlicedVideo(reason=error.reason, seconds=0)
+    except FfmpegTimeout:
+        return SlicedVideo(reason="timeout", seconds=0)
+
+
+def _slice_probed(
+    path: str,
+    video_id: str,
+    seed: int,
+    settings: SliceSettings,
+    program: str,
+    timeout_seconds: float,
+    work_folder: str | None,
+    probe: VideoProbe,
+) -> SlicedVideo:
+    promised = None
+    start, chosen = probe.start_seconds, None
+    if probe.end_seconds is not None:
+        spare = min(probe.end_seconds - probe.start_seconds, settings.max_seconds) + HALF_FRAME_SECONDS
+        promised = max(math.floor(spare), 0)
+    if promised:
+        # Only what the last whole second leaves over, less a margin: the end of a header is rarely exact.
+        spare = max(spare - promised - 4 / FPS, 0.0)
+        start += math.floor(hash_fraction(seed, "start", video_id) * spare * FPS) / FPS
+        order = shuffled(range(promised), seed, "choice", video_id)
+        chosen = tuple(sorted(order[: settings.max_clips]))
+    geometry = frame_geometry(probe.width, probe.height, probe.pixel_aspect)
+
+    def one_pass(start: float, chosen: tuple[int, ...] | None) -> _Pass:
+        with tempfile.TemporaryDirectory(dir=work_folder, prefix="pass-") as folder:
+            command = SliceCommand(
+                path=path,
+                video_stream=probe.video_stream,
+                audio_stream=probe.audio_stream,
+                start_seconds=start,
+                read_seconds=probe.start_seconds + settings.max_seconds + 1,
+                seconds=chosen,
+                scaled_size=geometry.scaled_size,
+                crop_offset=geometry.crop_offset,
+                frame_size=geometry.frame_size,
+                scale_first=probe.fps < FPS,
+                crf=settings.crf,
+                preset=settings.preset,
+            )
+            finished = run_ffmpeg(command.build(program), Path(folder), timeout_seconds)
+            return _collect(Path(folder), start, chosen, geometry.frame_size, settings.max_seconds, finished.errors)
+
+    result = one_pass(start, chosen)
+    if chosen is not None and (len(result.clips) < len(chosen) or result.more_audio_than(promised)):
+        # The header lied, or the end cannot be decoded. Without choice and shift, nothing that is there is lost.
+        result = one_pass(probe.start_seconds, None)
+        order = shuffled(range(result.seconds), seed, "choice", video_id)
+        kept = set(order[: settings.max_clips])
+        whole = result.seconds
+        clips = [clip for clip in result.clips if clip.second in kept]
+    elif chosen is None:
+        whole = result.seconds
+        kept = set(shuffled(range(whole), seed, "choice", video_id)[: settings.max_clips])
+        clips = [clip for clip in result.clips if clip.second in kept]
+    else:
+        whole = promised
+        clips = result.clips
+    cut_short = promised is not None and whole < promised
+    if not clips:
+        if not result.any_video or not result.any_audio:
+            raise Unusable("undecodable")
+        raise Unusable("truncated" if cut_short else "too-short")
+    loud = tuple(clip for clip in clips if clip.loudness_dbfs >= settings.silence_dbfs)
+    if not loud:
+        return SlicedVideo(reason="silent", seconds=whole)
+    return SlicedVideo(
+        reason="truncated" if cut_short else "",
+        seconds=whole,
+        clips=loud,
+        probe=probe,
+        crop=geometry.source_crop,
+        frame_size=geometry.frame_size,
+    )
+
+
+def probe_video(path: str) -> VideoProbe:
+    """Streams, size, rate and times of a video, from its header and first frame.
+
+    Of several streams the one flagged as default is taken, then the one with the largest frame or the highest sample
+    rate, then the first. Pictures attached to audio files are not video.
+
+    Raises:
+        Unusable: `undecodable`, `no-video` or `no-audio`.
+    """
+    av.logging.set_level(None)
+    options = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}
+    try:
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+            return _probe_container(container)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise Unusable("undecodable") from error
+
+
+def _probe_container(container: av.container.InputContainer) -> VideoProbe:
+    pictures = av.stream.Disposition.attached_pic | av.stream.Disposition.still_image
+    is_default = av.stream.Disposition.default
+    videos = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    videos = [stream for stream in videos if stream.codec_context is not None]
+    audios = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    if not videos and not audios:
+        raise Unusable("undecodable" if not list(container.streams) else "no-video")
+    if not videos:
+        raise Unusable("no-video")
+    if not audios:
+        raise Unusable("no-audio")
+    video = max(videos, key=lambda s: (bool(s.disposition & is_default), (s.width or 0) * (s.height or 0), -s.index))
+    audio = max(audios, key=lambda s: (bool(s.disposition & is_default), s.codec_context.sample_rate or 0, -s.index))
+    origin = (container.start_time or 0) / av.time_base
+    frame = _first_frame(container, video)
+    width, height, aspect, rotation = video.width, video.height, video.sample_aspect_ratio, 0
+    starts = [_seconds(video.start_time, video, origin), _seconds(audio.start_time, audio, origin)]
+    if frame is not None:
+        width, height, rotation = frame.width, frame.height, frame.rotation
+        starts.append(_seconds(frame.pts, video, origin))
+    if not width or not height:
+        raise Unusable("undecodable")
+    pixel_aspect = float(aspect) if aspect else 1.0
+    if not 0.1 <= pixel_aspect <= 10:
+        pixel_aspect = 1.0
+    if round(rotation / 90) % 2:
+        width, height, pixel_aspect = height, width, 1 / pixel_aspect
+    total = None if container.duration is None else container.duration / av.time_base
+    ends = [total]
+    for stream, start in zip((video, audio), starts):
+        if stream.duration is not None and start is not None:
+            ends.append(start + float(stream.duration * stream.time_base))
+    rate = video.average_rate or video.guessed_rate or video.base_rate
+    return VideoProbe(
+        video_stream=video.index,
+        audio_stream=audio.index,
+        width=width,
+        height=height,
+        pixel_aspect=pixel_aspect,
+        fps=float(rate) if rate else 0.0,
+        start_seconds=max([start for start in starts if start is not None], default=0.0),
+        end_seconds=min([end for end in ends if end is not None], default=None),
+    )
+
+
+def _seconds(pts: int | None, stream: av.stream.Stream, origin: float) -> float | None:
+    """Seconds after the start of the container, at least 0."""
+    return None if pts is None or stream.time_base is None else max(float(pts * stream.time_base) - origin, 0.0)
+
+
+def _first_frame(container: av.container.InputContainer, video: av.video.VideoStream) -> av.VideoFrame | None:
+    """First frame that decodes: it knows the rotation and the true size. None if there is none early on."""
+    video.codec_context.thread_type = "NONE"
+    for number, packet in enumerate(container.demux(video)):
+        if number == MAX_PROBE_PACKETS:
+            break
+        try:
+            for frame in packet.decode():
+                return frame
+        except av.error.FFmpegError:
+            continue
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How a source frame becomes a clip's frame: scaled to cover it, then cropped at the center."""
+
+    frame_size: tuple[int, int]
+    scaled_size: tuple[int, int]
+    crop_offset: tuple[int, int]
+    """Even: colors are stored for 2x2 pixels."""
+    source_crop: tuple[float, float, float, float]
+    """(x, y, width, height) in pixels of the source."""
+
+
+def frame_geometry(width: int, height: int, pixel_aspect: float = 1.0) -> Geometry:
+    """Geometry for a source in display orientation: the size of `FRAME_SIZES` nearest in aspect ratio."""
+    aspect = width * pixel_aspect / height
+    frame_size = min(FRAME_SIZES, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), size))
+    scale = max(frame_size[0] / (width * pixel_aspect), frame_size[1] / height)
+    scaled = (
+        max(round(width * pixel_aspect * scale), frame_size[0]),
+        max(round(height * scale), frame_size[1]),
+    )
+    offset = tuple((big - small) // 4 * 2 for big, small in zip(scaled, frame_size))
+    factor = (width / scaled[0], height / scaled[1])
+    crop = (
+        offset[0] * factor[0],
+        offset[1] * factor[1],
+        frame_size[0] * factor[0],
+        frame_size[1] * factor[1],
+    )
+    return Geometry(
+        frame_size=frame_size,
+        scaled_size=scaled,
+        crop_offset=offset,
+        source_crop=tuple(round(value, 3) for value in crop),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """What a pass left in its folder."""
+
+    clips: tuple[SlicedClip, ...]
+    seconds: int
+    """Whole seconds, counted from the first to the last clip."""
+    audio_seconds: float
+    """After the start of the grid."""
+    any_video: bool
+    any_audio: bool
+    errors: str
+
+    def more_audio_than(self, promised: int) -> bool:
+        """The audio goes on well after what the header calls the end of the video or of the audio."""
+        return self.audio_seconds >= promised + 2
+
+
+def _collect(
+    folder: Path,
+    start: float,
+    chosen: tuple[int, ...] | None,
+    frame_size: tuple[int, int],
+    max_seconds: int,
+    errors: str,
+) -> _Pass:
+    """Clips that are whole: 24,000 samples, and 32 frames of the right size when decoded."""
+    audio_path = folder / AUDIO_FILE
+    data = audio_path.read_bytes() if audio_path.exists() else b""
+    waveform = np.frombuffer(data[: len(data) // 2 * 2], dtype="<i2")
+    first = round(start * SAMPLE_RATE)
+    clips = []
+    paths = sorted(folder.glob("video*.mp4"))
+    for position, path in enumerate(paths):
+        if chosen is not None and position >= len(chosen):
+            break
+        second = position if chosen is None else chosen[position]
+        begin = first + second * SAMPLES_PER_CLIP
+        samples = waveform[begin : begin + SAMPLES_PER_CLIP]
+        if second >= max_seconds or len(samples) < SAMPLES_PER_CLIP:
+            break
+        video = path.read_bytes()
+        if decoded_frames(video) != [frame_size] * FRAMES_PER_CLIP:
+            break  # the part of a second after the last whole one
+        audio = WAV_HEADER + samples.tobytes()
+        clips.append(
+            SlicedClip(
+                second=second,
+                start_seconds=start + second,
+                video=video,
+                audio=audio,
+                loudness_dbfs=loudness_dbfs(samples),
+                video_crc32=zlib.crc32(video),
+                audio_crc32=zlib.crc32(audio),
+            )
+        )
+    return _Pass(
+        clips=tuple(clips),
+        seconds=clips[-1].second + 1 if clips else 0,
+        audio_seconds=(len(waveform) - first) / SAMPLE_RATE,
+        any_video=bool(paths) and paths[0].stat().st_size > 0,
+        any_audio=len(waveform) > 0,
+        errors=errors,
+    )
+
+
+def decoded_frames(video: bytes) -> list[tuple[int, int]]:
+    """(width, height) of each frame of an mp4 that decodes, up to the first error."""
+    sizes = []
+    try:
+        with av.open(io.BytesIO(video), format="mp4") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_type = "NONE"
+            for frame in container.decode(stream):
+                sizes.append((frame.width, frame.height))
+    except (av.error.FFmpegError, IndexError):
+        pass
+    return sizes
+
+
+def loudness_dbfs(samples: np.ndarray) -> float:
+    """Root mean square of 16-bit samples in dB relative to full scale, at least `SILENCE_FLOOR_DBFS`."""
+    mean_square = float(np.mean(np.square(samples.astype(np.float64) / 32768)))
+    if mean_square <= 0:
+        return SILENCE_FLOOR_DBFS
+    return round(max(10 * math.log10(mean_square), SILENCE_FLOOR_DBFS), 2)
