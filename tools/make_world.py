@@ -139,14 +139,6 @@ def _extent(shape: str) -> tuple[float, float, float, float]:
     return -columns[0], -rows[0], columns[-1], rows[-1]
 
 
-@functools.cache
-def _reach(shape: str) -> float:
-    """Return the radius of the circle around the centre that holds the shape of size 1."""
-    axis = np.linspace(-1.5, 1.5, 601)
-    inside = _GAUGES[shape](axis[None, :], axis[:, None]) <= 1
-    return float(np.hypot(axis[None, :], axis[:, None])[inside].max())
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Category:
     """What the objects of one category share."""
@@ -323,10 +315,9 @@ class _Object:
 
 
 def _place(rng: np.random.Generator, objects: list[_Object], middle: np.ndarray, half_side: float) -> None:
-    """Set the centers: in the central square, apart from each other; all objects shrink alike if need be."""
+    """Set the centers: in the central square, no box ever touching another; all shrink alike if need be."""
     while True:
         spread = np.array([o.spread() for o in objects])
-        reach = np.array([o.radius * _reach(o.category.shape) + math.hypot(*o.bounce) for o in objects])
         low, high = -half_side + spread[:, :2], half_side - spread[:, 2:]  # of the centers
         for _ in range(200 if (low < high).all() else 0):
             centers = rng.uniform(low, high)
@@ -334,10 +325,9 @@ def _place(rng: np.random.Generator, objects: list[_Object], middle: np.ndarray,
             for i in range(len(objects)):
                 for j in range(i):
                     gap = centers[i] - centers[j]
-                    circles = math.hypot(*gap) >= reach[i] + reach[j] + 3
-                    right_of = gap - spread[i, :2] - spread[j, 2:]
-                    left_of = -gap - spread[j, :2] - spread[i, 2:]
-                    apart &= bool(circles or max(right_of.max(), left_of.max()) >= 3)
+                    after = gap - spread[i, :2] - spread[j, 2:]  # pixels between their boxes in x and y
+                    before = -gap - spread[j, :2] - spread[i, 2:]
+                    apart &= max(after.max(), before.max()) >= 3
             if apart:
                 for o, c in zip(objects, centers + middle):
                     o.center = (float(c[0]), float(c[1]))
@@ -363,9 +353,9 @@ class _Scene:
         if seconds is not None and not 1 <= seconds <= 20:
             raise ValueError(f"seconds is {seconds}, expected 1 to 20, or None (random, 4 to 10)")
         # What is seen and what is heard have streams of their own: nothing seen can depend on what sounds.
-        streams = np.random.SeedSequence([WORLD_VERSION, seed, SPLITS.index(split), index]).spawn(4)
-        form, seen, heard = (np.random.default_rng(s) for s in streams[:3])
-        self._wave_seed, self._grain_seed = streams[3].spawn(2)
+        streams = np.random.SeedSequence([WORLD_VERSION, seed, SPLITS.index(split), index]).spawn(6)
+        form, seen, heard = (np.random.default_rng(stream) for stream in streams[:3])
+        self._background_seed, self._noise_seed, self._wave_seed = streams[3:]
 
         self.part = "easy" if index % 2 == 0 else "hard"
         self.width, self.height = _choose(form, FRAME_SIZES)
@@ -404,9 +394,6 @@ class _Scene:
         self._margin = math.ceil(0.022 * short) + 1
         half_side = CENTRAL_SIDE / 2 * short - reach.max() - 1.5  # 1.5: rounding to pixels
         _place(seen, self.objects, np.array([self.width / 2, self.height / 2]), half_side)
-        margins = 2 * self._margin
-        self._background = _draw_background(seen, self.height + margins, self.width + margins)
-        self._noise_level = int(seen.integers(1, 4))
 
         # Heard.
         lot = heard.random()
@@ -488,11 +475,15 @@ class _Scene:
         patches: dict[tuple[int, float], tuple[np.ndarray, np.ndarray, int, int]] = {}
         frame = np.empty((self.height, self.width, 3), np.uint8)
         flat = frame.reshape(-1)
-        bank = _pixel_noise_bank(self._noise_level)
-        offsets = np.random.default_rng(self._grain_seed).integers(0, len(bank) - frame.size, self.num_frames)
+        margins = 2 * self._margin
+        background_rng = np.random.default_rng(self._background_seed)
+        background = _draw_background(background_rng, self.height + margins, self.width + margins)
+        noise_rng = np.random.default_rng(self._noise_seed)
+        bank = _pixel_noise_bank(int(noise_rng.integers(1, 4)))
+        offsets = noise_rng.integers(0, len(bank) - frame.size, self.num_frames)
         for t in range(self.num_frames):
             x, y = self._margin - self.drift[t]
-            frame[...] = self._background[y : y + self.height, x : x + self.width]
+            frame[...] = background[y : y + self.height, x : x + self.width]
             for k, gauge in enumerate(gauges):
                 radius = float(self._radii[k][t])
                 if (k, radius) not in patches:
@@ -555,6 +546,11 @@ def render_video(
     for t, frame in enumerate(scene.frames()):
         frames[t] = frame
     return frames, scene.waveform(), scene.truth()
+
+
+def draw_truth(seed: int, split: str, index: int, seconds: float | None = None) -> dict:
+    """Return the truth of `render_video` alone; nothing is rendered."""
+    return _Scene(seed, split, index, seconds).truth()
 
 
 def video_stem(index: int) -> str:
