@@ -188,8 +188,6 @@ class LoaderConfig:
     """2: each batch also carries a second clip of the same videos as batch.second (Table 3, within-modal positives)."""
     max_bad_fraction: float = 0.01
     """The loader stops when more than this share of the clips seen (at least 100) could not be read or decoded."""
-    worker_timeout_seconds: float = 600.0
-    """The loader stops when no batch arrives for so long (a hung disk). 0: wait without end."""
     backend: Literal["auto", "portable"] = "auto"
     """`portable`: PyAV in worker processes, needs nothing from the system. `auto`: the best backend there is."""
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -206,10 +204,4 @@ class LoaderConfig:
         _check("loader.shuffle_window", self.shuffle_window, self.shuffle_window >= 0, "at least 0")
         _check("loader.clips_per_video", self.clips_per_video, self.clips_per_video in (1, 2), "1 or 2")
         _check("loader.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "0 to 1")
-        _check(
-            "loader.worker_timeout_seconds",
-            self.worker_timeout_seconds,
-            self.worker_timeout_seconds >= 0,
-            "at least 0",
-        )
         _check("loader.backend", self.backend, self.backend in ("auto", "portable"), "auto or portable")
