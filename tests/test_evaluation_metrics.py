@@ -79,10 +79,10 @@ def mask(crop_size: int, *per_step: tuple[float, float, float, float]) -> torch.
     return localisation.box_mask(np.array(per_step, dtype=float), crop_size)
 
 
-def test_box_mask_takes_pixels_whose_centre_is_inside():
+def test_box_mask_takes_pixels_whose_center_is_inside():
     result = mask(4, (1, 0, 3, 2))[0]
     assert result.int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert mask(4, (0.6, 0.4, 1.4, 1.4))[0].nonzero().tolist() == []  # holds no pixel's centre
+    assert mask(4, (0.6, 0.4, 1.4, 1.4))[0].nonzero().tolist() == []  # holds no pixel's center
     assert mask(4, (0.5, 0.5, 1.5, 1.5))[0].nonzero().tolist() == [[0, 0]]  # left edge in, right edge out
     assert mask(4, (-3, -3, 99, 99)).all()
 
@@ -114,8 +114,8 @@ def test_chance_of_pointing_is_what_random_points_score():
     assert localisation.pointing_chance(sounding) == pytest.approx(hits, abs=0.01)
 
 
-def test_centre_baseline_looks_at_the_middle_pixels():
-    assert localisation.pointing_center(mask(8, (4, 4, 6, 6))) == 0.25  # one of four centre pixels
+def test_center_baseline_looks_at_the_middle_pixels():
+    assert localisation.pointing_center(mask(8, (4, 4, 6, 6))) == 0.25  # one of four center pixels
     assert localisation.pointing_center(mask(7, (3, 3, 4, 4))) == 1.0
     assert localisation.pointing_center(mask(8, (3, 3, 5, 5), (0, 0, 1, 1))) == 0.5
 
@@ -165,7 +165,7 @@ def test_upsampling_puts_a_cell_where_it_belongs():
 # --- frequencies ---
 
 
-def test_mel_centres_are_those_of_torchaudio():
+def test_mel_centers_are_those_of_torchaudio():
     functional = pytest.importorskip("torchaudio.functional")
     filters = functional.melscale_fbanks(8193, 0.0, 12_000.0, 40, 24_000, norm=None, mel_scale="htk")
     peaks = torch.linspace(0, 12_000, 8193)[filters.argmax(dim=0)].numpy()

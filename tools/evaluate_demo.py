@@ -148,7 +148,7 @@ def print_table(console: Console, metrics: dict) -> None:
     """The figures beside chance."""
     table = Table(title="Figures on clips that were kept apart" if not metrics["evaluated_on_training_clips"] else
                   "Figures on the training clips")  # fmt: skip
-    for name in ("figure", "trained", "95 % interval", "chance", "centre", "untrained", "clips"):
+    for name in ("figure", "trained", "95 % interval", "chance", "center", "untrained", "clips"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     for row in figure_rows(metrics):
         if row.key.endswith(("_r5", "_r10")) or "band_share" in row.key:

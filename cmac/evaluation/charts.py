@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
+WIDTH, HEIGHT = 480, 236
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def smooth(ys: Sequence[float], span: int) -> list[float]:
-    """Centred running mean over up to `span` values, shorter at the ends."""
+    """Centered running mean over up to `span` values, shorter at the ends."""
     half = span // 2
     result = []
     for index in range(len(ys)):
@@ -71,7 +71,7 @@ def line_chart(lines: Sequence[Line], title: str, x_name: str, percent: bool = F
     for value in ticks(x_low, x_high, 6):
         x, _ = place(value, y_low)
         parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{value:g}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_name)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(x_name)}</text>')
     for line in lines:
         path = " ".join(
             "{},{}".format(*place(x, y))

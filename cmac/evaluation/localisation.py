@@ -1,7 +1,7 @@
 """Does an attention map look where the sound is? Pointing and preference, with the baselines beside them.
 
 Every function takes one clip's map over time and space and the boxes at each of the map's steps. The map is
-upsampled bilinearly to the pixels of the network's input; a pixel belongs to a box when its centre does.
+upsampled bilinearly to the pixels of the network's input; a pixel belongs to a box when its center does.
 
 Choice: objects move within a clip, so a step's map is compared with the boxes at that step's time. One mean map and
 one box around the whole path would be kinder to a map that is blurred over time.
@@ -26,7 +26,7 @@ def upsample_maps(maps: Tensor, crop_size: int) -> Tensor:
 
 
 def box_mask(boxes: np.ndarray, crop_size: int) -> Tensor:
-    """Pixels whose centre lies in the box: boxes (T', 4) in crop pixels -> bool (T', crop_size, crop_size)."""
+    """Pixels whose center lies in the box: boxes (T', 4) in crop pixels -> bool (T', crop_size, crop_size)."""
     centers = np.arange(crop_size) + 0.5
     in_x = (centers >= boxes[:, 0:1]) & (centers < boxes[:, 2:3])  # (T', W)
     in_y = (centers >= boxes[:, 1:2]) & (centers < boxes[:, 3:4])  # (T', H)
@@ -66,7 +66,7 @@ def pointing_chance(sounding: Tensor) -> float:
 
 
 def pointing_center(sounding: Tensor) -> float:
-    """Expected `pointing` of the picture's centre (an even side has four centre pixels) at a random step."""
+    """Expected `pointing` of the picture's center (an even side has four center pixels) at a random step."""
     height, width = sounding.shape[-2:]
     rows = slice((height - 1) // 2, height // 2 + 1)
     columns = slice((width - 1) // 2, width // 2 + 1)
@@ -126,7 +126,7 @@ def mel_center_hz(num_mel_bins: int, low_hz: float, high_hz: float) -> np.ndarra
 
 
 def band_rows(bands_hz: Sequence[tuple[float, float]], center_hz: np.ndarray) -> np.ndarray:
-    """Rows of a log-mel whose centre frequency lies in one of the bands: bool (F,)."""
+    """Rows of a log-mel whose center frequency lies in one of the bands: bool (F,)."""
     rows = np.zeros(len(center_hz), dtype=bool)
     for low, high in bands_hz:
         rows |= (center_hz >= low) & (center_hz <= high)

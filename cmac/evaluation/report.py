@@ -55,16 +55,16 @@ class FigureRow:
 
 _ROWS = (
     ("Easy part: silent objects stand still", "predicted_pointing_easy", "Predicted map points at the sounding object"),
-    ("Easy part: silent objects stand still", "predicted_prefers_sounding_easy", "Predicted map prefers it"),
+    ("Easy part: silent objects stand still", "predicted_prefers_sounding_easy", "Predicted map prefers the sounding object"),
     ("Easy part: silent objects stand still", "guided_pointing_easy", "Guided map points at the sounding object"),
-    ("Easy part: silent objects stand still", "guided_prefers_sounding_easy", "Guided map prefers it"),
+    ("Easy part: silent objects stand still", "guided_prefers_sounding_easy", "Guided map prefers the sounding object"),
     ("Hard part: silent objects move too", "guided_pointing_hard", "Guided map points at the sounding object"),
-    ("Hard part: silent objects move too", "guided_prefers_sounding_hard", "Guided map prefers it"),
+    ("Hard part: silent objects move too", "guided_prefers_sounding_hard", "Guided map prefers the sounding object"),
     ("Hard part: silent objects move too", "predicted_pointing_hard", "Predicted map points at the sounding object"),
     (
         "Hard part: silent objects move too",
         "predicted_prefers_sounding_hard",
-        "Predicted map prefers it (must stay near 50 %)",
+        "Predicted map prefers the sounding object (must stay near 50 %)",
     ),
     ("Retrieval", "retrieval_v2a_r1", "Picture finds its own sound, first guess"),
     ("Retrieval", "retrieval_v2a_r5", "... within five guesses"),
@@ -117,14 +117,14 @@ def figure_rows(figures: Mapping[str, Any]) -> list[FigureRow]:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """`0.312` -> `31.2 %`; None -> an en dash."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+    """`0.312` -> `31.2 %` (no line break before the sign); None -> an en dash."""
+    return "\N{EN DASH}" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: float | None) -> str:
     """`75` -> `1 min 15 s`."""
     if seconds is None:
-        return "–"
+        return "\N{EN DASH}"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cmac.evaluation.pictures import overlay, stretch
 
+STRIP = 28
+"""Height of the names above the panels, pixels: under the pictures a player's controls would hide them."""
 PANELS = ("picture", "guided by sound", "predicted from picture")
 
 
@@ -23,7 +25,7 @@ def map_per_frame(maps: np.ndarray, num_frames: int) -> np.ndarray:
 
 
 def overlay_panels(picture: np.ndarray, frames: np.ndarray, guided: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Three panels beside each other for each frame: uint8 (T, size, 3 * size, 3).
+    """Three panels beside each other with their names above, for each frame: uint8 (T, size + STRIP, 3 * size, 3).
 
     Args:
         picture: uint8 (T, size, size, 3), shown in the first panel (with boxes drawn, where they are known).
@@ -33,17 +35,17 @@ def overlay_panels(picture: np.ndarray, frames: np.ndarray, guided: np.ndarray, 
         predicted: (T', H', W').
     """
     num_frames, size = picture.shape[:2]
-    font = ImageFont.load_default(size=max(10, size // 18))
+    font = ImageFont.load_default(size=16)
+    strip = Image.new("RGB", (3 * size, STRIP), (24, 26, 31))
+    draw = ImageDraw.Draw(strip)
+    for panel, name in enumerate(PANELS):
+        draw.text((panel * size + size // 2, STRIP // 2), name, fill=(235, 235, 230), font=font, anchor="mm")
+    names = np.asarray(strip)
     maps = [map_per_frame(stretch(values), num_frames) for values in (guided, predicted)]
     result = []
     for index in range(num_frames):
         row = [picture[index], *(overlay(frames[index], values[index]) for values in maps)]
-        image = Image.fromarray(np.concatenate(row, axis=1))
-        draw = ImageDraw.Draw(image)
-        for panel, name in enumerate(PANELS):
-            place = (panel * size + 8, size - 6)
-            draw.text(place, name, fill=(255, 255, 255), font=font, anchor="ls", stroke_width=2, stroke_fill=(0, 0, 0))
-        result.append(np.asarray(image))
+        result.append(np.concatenate([names, np.concatenate(row, axis=1)], axis=0))
     return np.stack(result)
 
 

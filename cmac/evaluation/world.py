@@ -227,7 +227,7 @@ def localisation_figures(
 ) -> tuple[dict[str, dict[str, Any]], list[ClipScore]]:
     """`{guided,predicted}_{pointing,prefers_sounding}_{easy,hard}` and a score for each clip with a silent object.
 
-    Pointing has `center`, the hit rate of the picture's centre, and `time_mean`, the same figure for the maximum of
+    Pointing has `center`, the hit rate of the picture's center, and `time_mean`, the same figure for the maximum of
     the map's mean over time, beside it.
     """
     values: dict[tuple[str, str, str], list[float]] = {}  # by model, figure, part
