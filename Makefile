@@ -1,0 +1,43 @@
+# Two commands set everything up: `make demo` and `make test`. Neither needs root, a GPU or a system ffmpeg.
+
+SHELL := /bin/bash
+VENV ?= .venv
+# The first of these that runs and is a Python that torch 2.11 supports here.
+PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && echo $$python && break; done)
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input -q
+
+.PHONY: help demo test bench clean
+
+help:
+	@echo "make demo                  generate a world of sounding objects, pretrain on it, write runs/demo/report.html"
+	@echo "make demo VIDEOS=FOLDER    the same on your own videos"
+	@echo "make test                  run the tests (TESTS='-k queue' picks some)"
+	@echo "make bench                 what a shard costs to make, beside bare ffmpeg"
+	@echo "make clean                 remove runs/demo* and the virtual environment"
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python tools/demo.py $(if $(VIDEOS),--videos "$(VIDEOS)") $(DEMO)
+
+test: $(VENV)/.installed-tests
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python benchmarks/make_shards.py
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.py constraints.txt
+	@echo "Installing PyTorch and the rest into $(VENV) (about 6 GB, minutes on a fast network) ..."
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed
+	$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo*
