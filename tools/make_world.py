@@ -623,12 +623,13 @@ def _write_atomic(path: Path, text: str) -> None:
 
 
 def _identity(settings: WorldSettings, split: str, index: int) -> dict:
+    seconds = settings.train_seconds if split == "train" else settings.test_seconds
     return {
         "version": settings.version,
         "seed": settings.seed,
         "split": split,
         "index": index,
-        "fixed_seconds": settings.train_seconds if split == "train" else settings.test_seconds,
+        "fixed_seconds": None if seconds is None else float(seconds),
     }
 
 
@@ -766,6 +767,8 @@ def make_world(
 
 def _check_folder(out: Path, settings: WorldSettings, num_videos: dict[str, int]) -> None:
     wanted = dataclasses.asdict(settings)
+    for name in ("train_seconds", "test_seconds"):
+        wanted[name] = None if wanted[name] is None else float(wanted[name])
     marker = out / "world.json"
     if marker.exists():
         try:
