@@ -50,6 +50,8 @@ class Manifest:
     """Of all tar files."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the bytes depend on, besides the videos and the seed."""
+    ffmpeg: str = ""
+    """Version of the program that cut the videos."""
     video_list_sha256: str
     """Of the input: ids and labels of all videos, kept or not."""
     skipped: dict[str, int] = field(default_factory=dict)

@@ -31,6 +31,8 @@ from shards.schema import (
 
 HALF_FRAME_SECONDS = 0.5 / FPS
 """The video is on a grid of 1/32 s, to which times are rounded."""
+AUDIO_SLACK_SECONDS = 1e-4
+"""For comparing times that are sums of rounded ones."""
 MAX_PROBE_PACKETS = 500
 """The first frame is looked for in so many packets."""
 
@@ -97,8 +99,19 @@ class VideoProbe:
     fps: float
     start_seconds: float
     """Where both streams have started."""
-    end_seconds: float | None
-    """Where the first stream ends; None if the header does not tell."""
+    video_end_seconds: float | None
+    """None if the header does not tell."""
+    audio_end_seconds: float | None
+
+    def promised_seconds(self, max_seconds: int) -> float | None:
+        """How long picture and sound last together by the header, from `start_seconds` on; None if it does not tell.
+
+        The picture's end is rounded to the nearest output frame, as ffmpeg does it; the sound has to be there.
+        """
+        if self.video_end_seconds is None or self.audio_end_seconds is None:
+            return None
+        end = min(self.video_end_seconds + HALF_FRAME_SECONDS, self.audio_end_seconds + AUDIO_SLACK_SECONDS)
+        return max(min(end - self.start_seconds, max_seconds + AUDIO_SLACK_SECONDS), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +179,13 @@ def _slice_probed(
     work_folder: str | None,
     probe: VideoProbe,
 ) -> SlicedVideo:
-    promised = None
-    start, chosen = probe.start_seconds, None
-    if probe.end_seconds is not None:
-        spare = min(probe.end_seconds - probe.start_seconds, settings.max_seconds) + HALF_FRAME_SECONDS
-        promised = max(math.floor(spare), 0)
+    start, chosen, promised = probe.start_seconds, None, None
+    length = probe.promised_seconds(settings.max_seconds)
+    if length is not None:
+        promised = math.floor(length)
     if promised:
         # Only what the last whole second leaves over, less a margin: the end of a header is rarely exact.
-        spare = max(spare - promised - 4 / FPS, 0.0)
+        spare = max(length - promised - 4 / FPS, 0.0)
         start += math.floor(hash_fraction(seed, "start", video_id) * spare * FPS) / FPS
         order = shuffled(range(promised), seed, "choice", video_id)
         chosen = tuple(sorted(order[: settings.max_clips]))
@@ -278,10 +290,10 @@ def _probe_container(container: av.container.InputContainer) -> VideoProbe:
     if round(rotation / 90) % 2:
         width, height, pixel_aspect = height, width, 1 / pixel_aspect
     total = None if container.duration is None else container.duration / av.time_base
-    ends = [total]
+    ends = []
     for stream, start in zip((video, audio), starts):
-        if stream.duration is not None and start is not None:
-            ends.append(start + float(stream.duration * stream.time_base))
+        known = stream.duration is not None and start is not None
+        ends.append(start + float(stream.duration * stream.time_base) if known else total)
     rate = video.average_rate or video.guessed_rate or video.base_rate
     return VideoProbe(
         video_stream=video.index,
@@ -291,7 +303,8 @@ def _probe_container(container: av.container.InputContainer) -> VideoProbe:
         pixel_aspect=pixel_aspect,
         fps=float(rate) if rate else 0.0,
         start_seconds=max([start for start in starts if start is not None], default=0.0),
-        end_seconds=min([end for end in ends if end is not None], default=None),
+        video_end_seconds=ends[0],
+        audio_end_seconds=ends[1],
     )
 
 
