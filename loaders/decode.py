@@ -68,7 +68,7 @@ def decode_frames(
     wanted = dict(zip(frame_indices, range(len(frame_indices))))
     count, size, previous_pts = 0, None, None
     try:
-        with av.open(io.BytesIO(video), format="mp4") as container:
+        with av.open(io.BytesIO(video), format="mp4", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise BadClip(key, shard, "decode-error")
             stream = container.streams.video[0]
@@ -76,7 +76,7 @@ def decode_frames(
             for frame in container.decode(stream):
                 row = wanted.get(count)
                 count += 1
-                if frame.is_corrupt:
+                if frame.is_corrupt or frame.pts is None:
                     raise BadClip(key, shard, "decode-error")
                 if count > FRAMES_PER_CLIP or (previous_pts is not None and frame.pts <= previous_pts):
                     raise BadClip(key, shard, "frame-count")

@@ -1,0 +1,144 @@
+"""Decoding gives exactly the frames and samples of a clip, or raises BadClip."""
+
+import io
+import wave
+
+import numpy as np
+import pytest
+from loaders_media import SIZES, encode_audio, encode_video, picture, tone
+
+from loaders.decode import decode_frames, decode_waveform, uniform_frame_indices
+from shards.schema import BadClip
+
+ALL = range(32)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.square(a.astype(float) - b.astype(float)).mean())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_frames_show_what_was_encoded_in_order(size):
+    frames = decode_frames(encode_video(*size), ALL, 144)
+    assert frames.shape == (32, size[1], size[0], 3) and frames.dtype == np.uint8
+    for step in ALL:
+        assert psnr(frames[step], picture(*size, step)) > 36  # a frame further is 8 levels of blue: 34 dB at best
+    blue = frames[..., 2].mean(axis=(1, 2))
+    assert np.abs(blue - 8.0 * np.arange(32)).max() < 3
+
+
+def test_subset_of_frames_equals_those_of_all():
+    video = encode_video(192, 144)
+    assert np.array_equal(decode_frames(video, [2, 6, 31], 144), decode_frames(video, ALL, 144)[[2, 6, 31]])
+
+
+def test_window_equals_the_cut_of_whole_frames_and_goes_to_out():
+    video = encode_video(192, 144)
+    out = np.zeros((4, 128, 100, 3), np.uint8)
+    result = decode_frames(video, [0, 9, 10, 31], 144, window=(5, 40, 128, 100), out=out)
+    assert result is out
+    assert np.array_equal(out, decode_frames(video, [0, 9, 10, 31], 144)[:, 5:133, 40:140])
+
+
+@pytest.mark.parametrize(("size", "scaled"), [((192, 144), (85, 64)), ((144, 192), (64, 85)), ((144, 144), (64, 64))])
+def test_frames_are_scaled_to_the_short_side(size, scaled):
+    frames = decode_frames(encode_video(*size), [0, 31], 64)
+    assert frames.shape == (2, scaled[1], scaled[0], 3)
+    assert psnr(frames[1], picture(*scaled, 31)) > 32
+
+
+def test_decoding_twice_gives_the_same_bits():
+    video = encode_video(144, 144)
+    first = decode_frames(video, ALL, 72)
+    decode_frames(encode_video(192, 144), ALL, 100)  # the scaler that is kept between clips saw another size
+    assert np.array_equal(decode_frames(video, ALL, 72), first)
+
+
+def test_uniform_frames_are_the_middles_of_equal_parts():
+    assert uniform_frame_indices(32) == tuple(ALL)
+    assert uniform_frame_indices(8) == (2, 6, 10, 14, 18, 22, 26, 30)
+    assert uniform_frame_indices(1) == (16,)
+    for num_frames in range(1, 33):
+        indices = uniform_frame_indices(num_frames)
+        assert len(set(indices)) == num_frames and indices == tuple(sorted(indices)) and indices[-1] < 32
+
+
+@pytest.mark.parametrize("num_frames", [1, 31, 33, 64])
+def test_another_number_of_frames_is_a_bad_clip(num_frames):
+    with pytest.raises(BadClip) as caught:
+        decode_frames(encode_video(144, 144, num_frames), [0], 144, key="k", shard="s.tar")
+    assert (caught.value.key, caught.value.shard, caught.value.reason) == ("k", "s.tar", "frame-count")
+
+
+def test_another_size_than_stated_is_a_bad_clip():
+    with pytest.raises(BadClip, match="frame-size"):
+        decode_frames(encode_video(144, 144), ALL, 144, stored_size=(192, 144))
+
+
+VIDEO = encode_video(192, 144)
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        b"",
+        b"not a video" * 100,
+        VIDEO[:100],
+        VIDEO[: len(VIDEO) // 2],
+        VIDEO[:1000] + bytes(len(VIDEO) - 1000),
+        encode_audio(tone(440)),
+    ],
+    ids=["empty", "garbage", "head-only", "half", "zeros", "audio"],
+)
+def test_undecodable_video_is_a_bad_clip(video):
+    with pytest.raises(BadClip) as caught:
+        decode_frames(video, ALL, 144)
+    assert caught.value.reason in ("decode-error", "frame-count")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_video_gives_32_frames_or_a_bad_clip(seed):
+    generator = np.random.default_rng(seed)
+    data = bytearray(VIDEO)
+    for position in generator.integers(0, len(data), 10):
+        data[position] ^= 1 << int(generator.integers(8))
+    try:
+        assert decode_frames(bytes(data), ALL, 144, stored_size=(192, 144)).shape == (32, 144, 192, 3)
+    except BadClip as error:
+        assert error.reason in ("decode-error", "frame-count", "frame-size")
+
+
+def test_libav_is_silent(capfd):
+    with pytest.raises(BadClip):
+        decode_frames(VIDEO[: len(VIDEO) // 2], ALL, 144)
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_waveform_is_the_samples_over_32768():
+    samples = np.array([-32768, -1, 0, 1, 32767] + [7] * 23_995, dtype="<i2")
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setparams((1, 2, 24_000, 0, "NONE", ""))
+        file.writeframes(samples.tobytes())
+    waveform = decode_waveform(buffer.getvalue())
+    assert waveform.dtype == np.float32 and waveform.shape == (24_000,)
+    assert np.array_equal(waveform, samples / 32768)
+
+
+@pytest.mark.parametrize(
+    ("audio", "reason"),
+    [
+        (encode_audio(tone(440, 23_999)), "sample-count"),
+        (encode_audio(tone(440, 24_001)), "sample-count"),
+        (encode_audio(tone(440))[:20_000], "sample-count"),
+        (b"", "decode-error"),
+        (b"RIFF" + bytes(100), "decode-error"),
+        (VIDEO, "decode-error"),
+    ],
+    ids=["short", "long", "cut", "empty", "garbage", "video"],
+)
+def test_another_waveform_is_a_bad_clip(audio, reason):
+    with pytest.raises(BadClip) as caught:
+        decode_waveform(audio)
+    assert caught.value.reason == reason
