@@ -1,0 +1,304 @@
+"""The training loop: schedule, exact resume, log rows, checkpoints, and what it refuses."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import cmac
+from cmac.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
+from cmac.config import (
+    PRESETS,
+    OptimizerConfig,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    demo,
+    pretrain_k400,
+    pretrain_k400_ablation,
+)
+from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
+from cmac.losses import LossConfig
+from cmac.model import ModelConfig
+from cmac.pretrain import Pretraining, build_optimizer, learning_rate_at, pretrain, resolve_precision
+from loaders.batch import ClipBatch
+from loaders.config import LoaderConfig
+
+CPU = torch.device("cpu")
+
+
+def config(run_dir: Path, **changes: object) -> RunConfig:
+    small = RunConfig(
+        run_dir=str(run_dir),
+        epochs=3,
+        device="cpu",
+        log_every=2,
+        checkpoint_every=4,
+        loader=LoaderConfig(shards="none", global_batch_size=4, num_workers=0),
+        model=ModelConfig(
+            video=VideoEncoderConfig(widths=(4, 8), blocks=(1, 1), stem_width=4),
+            audio=AudioEncoderConfig(widths=(4, 8), blocks=(1, 1)),
+            filter_channels=8,
+            embedding_dim=6,
+            queue_length=10,
+            momentum=0.9,
+            batch_norm="shuffle",
+            batch_norm_group=2,
+        ),
+        optimizer=OptimizerConfig(warmup_epochs=1.0),
+    )
+    return dataclasses.replace(small, **changes)
+
+
+class FakeLoader:
+    """Batches that depend on (epoch, step) alone, five to an epoch."""
+
+    def __init__(self, nan_at: tuple[int, int] | None = None) -> None:
+        self.epoch, self._next, self._nan_at = 0, 0, nan_at
+        self.bad_clips: Counter[str] = Counter()
+        self.handed_out: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        while self._next < len(self):
+            step = self._next
+            self._next += 1
+            self.handed_out.append((self.epoch, step))
+            yield self._batch(step)
+        self.epoch, self._next = self.epoch + 1, 0
+
+    def _batch(self, step: int) -> ClipBatch:
+        generator = torch.Generator().manual_seed(100 * self.epoch + step)
+        log_mel = torch.randn(4, 1, 33, 21, generator=generator)
+        if (self.epoch, step) == self._nan_at:
+            log_mel[0] = math.nan
+        if step == 3:
+            self.bad_clips["decode-error"] += 1
+        return ClipBatch(
+            frames=torch.randint(0, 256, (4, 3, 4, 16, 16), dtype=torch.uint8, generator=generator),
+            log_mel=log_mel,
+            keys=("a", "b", "c", "d"),
+            video_ids=torch.arange(4) + 4 * step,
+            valid=torch.tensor([True, True, True, step != 3]),
+            clips=(None,) * 4,
+            augmentations=(None,) * 4,
+            bad=(),
+            epoch=self.epoch,
+            step=step,
+        )
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "next": self._next}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self._next = state["epoch"], state["next"]
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_learning_rate_warms_up_linearly_and_then_stays_or_falls():
+    constant = OptimizerConfig(learning_rate=0.01, warmup_epochs=10)
+    rates = [learning_rate_at(constant, step, 100, 20_000, 8) for step in (0, 499, 999, 1000, 19_999)]
+    assert rates == pytest.approx([0.01 / 1000, 0.005, 0.01, 0.01, 0.01])
+    scaled = dataclasses.replace(constant, learning_rate_per_rank=True)
+    assert learning_rate_at(scaled, 5000, 100, 20_000, 8) == pytest.approx(0.08)
+    cosine = OptimizerConfig(learning_rate=0.01, warmup_epochs=0, schedule="cosine")
+    assert learning_rate_at(cosine, 0, 100, 1000, 1) == pytest.approx(0.01)
+    assert learning_rate_at(cosine, 500, 100, 1000, 1) == pytest.approx(0.005)
+    assert learning_rate_at(cosine, 999, 100, 1000, 1) < 1e-7
+
+
+def test_presets_hold_the_papers_numbers():
+    final, ablation = pretrain_k400(), pretrain_k400_ablation()
+    assert (final.epochs, final.loader.global_batch_size, final.loader.video.color_jitter) == (200, 128, True)
+    assert (ablation.epochs, ablation.loader.global_batch_size, ablation.loader.video.color_jitter) == (50, 64, False)
+    for preset in (final, ablation):
+        optimizer, model = preset.optimizer, preset.model
+        assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("sgd", 0.01, 1e-5)
+        assert (optimizer.momentum, optimizer.warmup_epochs) == (0.9, 10)
+        assert (model.momentum, model.queue_length, preset.loss.temperature) == (0.999, 15_000, 0.07)
+        assert (model.filter_channels, model.embedding_dim, preset.loss.consistency_weight) == (512, 256, 1.5)
+        assert (preset.loader.video.crop_size, preset.loader.video.num_frames) == (128, 32)
+        assert preset.loader.audio.num_mel_bins == 257
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_json(name):
+    preset = PRESETS[name]()
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(preset)))) == preset
+
+
+def test_unknown_field_in_a_saved_configuration_is_named():
+    data = config_to_dict(demo())
+    data["optimizer"]["learning_rat"] = 1.0
+    with pytest.raises(ValueError, match="learning_rat"):
+        config_from_dict(data)
+
+
+def test_sgd_takes_the_papers_update_on_every_parameter():
+    layer = torch.nn.Linear(2, 1)
+    optimizer = build_optimizer(layer, OptimizerConfig(learning_rate=0.1, weight_decay=0.5, momentum=0.0))
+    before = [parameter.clone() for parameter in layer.parameters()]
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for old, new in zip(before, layer.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 0.1 * (1 + 0.5 * old))
+
+
+def test_precision_on_cpu_is_fp32_unless_chosen():
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU) == "bf16"
+
+
+def test_a_run_writes_its_configuration_rows_and_checkpoints(tmp_path):
+    run = config(tmp_path / "run")
+    training = pretrain(run, FakeLoader(), CPU)
+    assert training.step == 15
+    saved = config_from_dict(json.loads((tmp_path / "run/config.json").read_text()))
+    assert saved == run
+    logged = rows(tmp_path / "run")
+    assert [row["step"] for row in logged] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert logged[-1]["epoch"] == 2 and logged[-1]["bad_clips"] == 3
+    for row in logged:
+        assert 0 <= row["data_wait_fraction"] <= 1 and row["clips_per_second"] > 0
+        assert row["loss"] == pytest.approx(row["loss_contrastive"] + 1.5 * row["loss_consistency"], rel=1e-5)
+    names = [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")]
+    assert names == ["step_00000008.pt", "step_00000012.pt", "step_00000015.pt"]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert list((tmp_path / "run/tb").iterdir())
+
+
+@pytest.mark.parametrize("stop_after", [4, 8, 10])
+def test_resuming_equals_never_stopping(tmp_path, stop_after):
+    """Weights, momentum copies, queues, batch-norm statistics and log rows, bit for bit."""
+    whole = pretrain(config(tmp_path / "whole", checkpoint_every=2), FakeLoader(), CPU)
+    run = config(tmp_path / "run", checkpoint_every=2)
+    pretrain(dataclasses.replace(run, max_steps=stop_after), FakeLoader(), CPU)
+    torch.rand(7)  # another process has drawn other random numbers
+    loader = FakeLoader()
+    resumed = pretrain(run, loader, CPU)
+    assert loader.handed_out[0] == divmod(stop_after, 5)
+    expected, got = whole.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+    for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "run"), strict=True):
+        assert (one["step"], one["loss"], one["learning_rate"]) == (other["step"], other["loss"], other["learning_rate"])
+
+
+def test_rows_after_the_checkpoint_are_replaced_on_resume(tmp_path):
+    run = config(tmp_path / "run")
+    pretrain(dataclasses.replace(run, max_steps=4), FakeLoader(), CPU)
+    log = tmp_path / "run/log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 6, "loss": -1.0}) + '\n{"step": 8, "lo')
+    pretrain(run, FakeLoader(), CPU)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert all(row["loss"] >= 0 for row in rows(tmp_path / "run"))
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run = config(tmp_path / "run")
+    pretrain(run, FakeLoader(), CPU)
+    loader = FakeLoader()
+    assert pretrain(run, loader, CPU).step == 15
+    assert loader.handed_out == []
+
+
+def test_another_model_in_the_same_folder_is_refused(tmp_path):
+    pretrain(config(tmp_path / "run", max_steps=4), FakeLoader(), CPU)
+    other = config(tmp_path / "run", loss=LossConfig(temperature=0.1))
+    with pytest.raises(ValueError, match="loss.temperature: 0.07 -> 0.1; choose another run_dir"):
+        pretrain(other, FakeLoader(), CPU)
+    with pytest.raises(ValueError, match="resume is 'never'"):
+        pretrain(config(tmp_path / "run", resume="never"), FakeLoader(), CPU)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="at step 8; lower optimizer.learning_rate"):
+        pretrain(config(tmp_path / "run"), FakeLoader(nan_at=(1, 1)), CPU)
+    assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004.pt"]
+
+
+def test_an_epoch_without_batches_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fewer videos than loader.global_batch_size 4"):
+        Pretraining(config(tmp_path), CPU, steps_per_epoch=0)
+
+
+def test_load_checkpoint_gives_the_trained_model(tmp_path):
+    training = pretrain(config(tmp_path / "run", max_steps=4), FakeLoader(), CPU)
+    for path in (tmp_path / "run", tmp_path / "run/checkpoints/step_00000004.pt"):
+        model, run = cmac.load_checkpoint(path)
+        assert run == config(tmp_path / "run", max_steps=4) and not model.training
+        for name, value in training.model.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_unusable_checkpoints_say_so(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoints/step_"):
+        cmac.load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        cmac.load_checkpoint(tmp_path / "absent.pt")
+    (tmp_path / "garbage.pt").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        cmac.load_checkpoint(tmp_path / "garbage.pt")
+    torch.save({"format": 99}, tmp_path / "future.pt")
+    with pytest.raises(ValueError, match="checkpoint format 99, expected 1"):
+        read_checkpoint(tmp_path / "future.pt")
+
+
+def test_checkpoint_that_fails_to_write_leaves_the_old_ones(tmp_path):
+    save_checkpoint(tmp_path, 1, demo(), {"model": {}}, keep=2)
+    with pytest.raises(Exception, match="pickle|local"):
+        save_checkpoint(tmp_path, 2, demo(), {"model": lambda: None}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.pt"]
+
+
+def test_within_positives_need_two_clips_per_video(tmp_path):
+    with pytest.raises(ValueError, match="clips_per_video is 1"):
+        config(tmp_path, loss=LossConfig(positives="both"))
+    with pytest.raises(ValueError, match="clips_per_video is 2"):
+        config(tmp_path, loader=LoaderConfig(shards="none", clips_per_video=2))
+
+
+@pytest.mark.slow
+def test_the_papers_preset_takes_two_steps_at_full_size(tmp_path):
+    """R(2+1)D-18 and ResNet-9 on 3x32x128x128 and 1x257x101, SGD, the queue of 15,000: two steps of two clips."""
+    run = pretrain_k400()
+    run = dataclasses.replace(
+        run, run_dir=str(tmp_path), loader=dataclasses.replace(run.loader, global_batch_size=2), device="cpu"
+    )
+    training = Pretraining(run, CPU, steps_per_epoch=1)
+    before = {name: value.clone() for name, value in training.model.named_parameters()}
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        frames = torch.randint(0, 256, (2, 3, 32, 128, 128), dtype=torch.uint8, generator=generator)
+        batch = ClipBatch(
+            frames=frames,
+            log_mel=torch.randn(2, 1, 257, 101, generator=generator),
+            keys=("a", "b"),
+            video_ids=torch.tensor([2 * step, 2 * step + 1]),
+            valid=torch.ones(2, dtype=torch.bool),
+            clips=(None, None),
+            augmentations=(None, None),
+            bad=(),
+            epoch=step,
+            step=0,
+        )
+        output = training.train_step(batch)
+        assert math.isfinite(output.loss.item())
+    assert output.contrastive.item() > 0 and output.consistency.item() > 0
+    for name, value in training.model.named_parameters():
+        # At momentum 0.999 and the first steps of a warm-up some copies do not move by a float32's precision.
+        moved = not torch.equal(value, before[name])
+        assert torch.isfinite(value).all() and (moved or not value.requires_grad), name
+    assert (training.model.queue_v.video_ids >= 0).sum() == 4
