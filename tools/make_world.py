@@ -822,7 +822,7 @@ def _render_all(jobs: list[tuple[Path, WorldSettings, str, int]], workers: int) 
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-        print(f"rendered {len(jobs)} videos with {workers} workers: {progress.rate()}", flush=True)
+    print(f"rendered {len(jobs)} videos with {workers} workers: {progress.rate()}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
