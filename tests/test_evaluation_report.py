@@ -200,6 +200,7 @@ def test_figures_are_those_that_the_made_up_maps_must_give(built):
         assert figure["value"] == 1.0 and figure["untrained"] < 0.5
         assert figure["num_clips"] == NUM_CLIPS // 2  # the easy part
         assert figure["chance"] == pytest.approx(2 / NUM_CLIPS)
+        assert figure["category_only"] == pytest.approx(2 * 2 / NUM_CLIPS)  # two kinds, equally often
 
 
 def test_metrics_have_the_promised_keys(built):

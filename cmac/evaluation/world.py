@@ -193,9 +193,14 @@ def _figure(
 def retrieval_figures(clips: ClipSet, rows: Sequence[int], seed: int = 0) -> dict[str, dict[str, Any]]:
     """`retrieval_v2a_r1`, `_r5`, `_r10` and the same for a2v, among the clips in `rows`.
 
-    v2a asks with a clip's visual embedding for its own audio embedding among those of all rows. Chance is k / N.
+    v2a asks with a clip's visual embedding for its own audio embedding among those of all rows. Chance is k / N. Where
+    truth is known, `category_only` is what a network expects that knows which kind of object sounds and nothing more:
+    it guesses among the clips of that kind.
     """
     rows = list(rows)
+    categories = [truth.category if (truth := clips.truths[row]) is not None else None for row in rows]
+    known = bool(rows) and None not in categories
+    same = [categories.count(category) for category in categories]
     groups = [clips.clips[row].video_id for row in rows]
     figures = {}
     for direction in ("v2a", "a2v"):
@@ -206,8 +211,9 @@ def retrieval_figures(clips: ClipSet, rows: Sequence[int], seed: int = 0) -> dic
         for k in RECALL_AT:
             hits = {name: [float(rank <= k) for rank in values] for name, values in ranks.items()}
             chance = min(1.0, k / len(rows)) if rows else 0.0
+            others = {"category_only": float(np.mean([min(1.0, k / count) for count in same]))} if known else {}
             figures[f"retrieval_{direction}_r{k}"] = _figure(
-                hits["trained"], groups, chance, hits.get("untrained", []), seed
+                hits["trained"], groups, chance, hits.get("untrained", []), seed, **others
             )
     return figures
 
