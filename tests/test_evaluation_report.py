@@ -294,6 +294,7 @@ def test_shown_clips_run_from_good_to_bad():
 @pytest.mark.parametrize(
     ("interval", "key", "words", "tone"),
     [
+        ([0.51, 0.6], "predicted_pointing_easy", "above chance, but not above the untrained network", "flat"),
         ([0.55, 0.7], "guided_prefers_sounding_hard", "above chance", "good"),
         ([0.45, 0.56], "guided_prefers_sounding_hard", "not distinguishable from chance", "flat"),
         ([0.45, 0.56], "predicted_prefers_sounding_hard", "at chance, as it must be", "good"),
@@ -302,7 +303,7 @@ def test_shown_clips_run_from_good_to_bad():
     ],
 )
 def test_verdict_follows_the_interval(interval, key, words, tone):
-    figure = {"interval": interval, "chance": 0.5, "num_clips": 10}
+    figure = {"interval": interval, "chance": 0.5, "untrained": 0.52, "num_clips": 10}
     assert report.verdict(key, figure) == (words, tone)
 
 

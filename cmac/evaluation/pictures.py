@@ -132,7 +132,7 @@ def draw_bands(picture: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def encode_png(picture: np.ndarray) -> bytes:
     """PNG file of uint8 (H, W, 3)."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

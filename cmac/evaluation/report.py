@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,17 @@ HEADLINES = (
 
 
 def verdict(key: str, figure: Mapping[str, Any]) -> tuple[str, str]:
-    """(words, tone) from the figure's interval and chance; no clips: says so."""
+    """(words, tone) from the figure's interval, chance and the untrained network; no clips: says so."""
     if not figure["num_clips"] or figure["interval"] is None:
         return "no clips", "flat"
     low, high = figure["interval"]
     expected_at_chance = key == "predicted_prefers_sounding_hard"
     if low > figure["chance"]:
-        return ("above chance: look for a leak", "odd") if expected_at_chance else ("above chance", "good")
+        if expected_at_chance:
+            return "above chance: look for a leak", "odd"
+        if figure["untrained"] is not None and low <= figure["untrained"]:
+            return "above chance, but not above the untrained network", "flat"
+        return "above chance", "good"
     if high < figure["chance"]:
         return ("below chance: look for a leak", "odd") if expected_at_chance else ("below chance", "odd")
     if expected_at_chance:
@@ -173,7 +178,7 @@ class PlayedClip:
 def describe(evaluation: Evaluation, index: int) -> str:
     """One line about a clip."""
     info, truth = evaluation.clips.clips[index], evaluation.clips.truths[index]
-    place = f"{info.video_id}, {info.start_seconds:.1f} s"
+    place = f"{PurePosixPath(info.video_id).name} at {info.start_seconds:.1f} s"
     if truth is None:
         return place
     silent = sorted({item.category for item in truth.silent})
