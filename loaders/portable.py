@@ -1,23 +1,22 @@
 """The portable loader: PyAV and torch in worker processes. It needs nothing from the system.
 
 A worker makes whole batches: it reads clips by position, decodes, cuts, mirrors and computes the log-mel, and writes the
-frames straight into the shared memory in which the batch travels.
+result straight into memory of the training process that the request named.
 
-    sampler (training process) -> BatchRequest -> ClipDataset (worker) -> ClipBatch -> [pinned copy] -> consumer
+    sampler (training process) -> BatchRequest -> ClipDataset (worker) -> FilledRequest -> [pinned copy] -> ClipBatch
 """
 
 import logging
+import math
 import multiprocessing
 import os
-import shutil
 import sys
 import threading
 import types
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from loaders.audio_ops import augment_log_mel, log_mel_spectrogram
 from loaders.augment import ClipAugmentation, draw_augmentation, scaled_size
@@ -33,10 +32,11 @@ from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.decode import decode_frames, decode_waveform, uniform_frame_indices
 from loaders.plan import PADDING, EpochPlan, check_world, count_batches, slots_of_epoch
+from loaders.shared_memory import BufferPool, SharedBuffer
 from loaders.video_ops import color_jitter, flip_frames
 from shards.manifest import Manifest, read_manifest
 from shards.reader import RawClip, ShardReader
-from shards.schema import BadClip
+from shards.schema import BadClip, ClipInfo
 
 MIN_CLIPS_FOR_BUDGET = 100  # max_bad_fraction is not judged on fewer
 OPEN_SHARDS = 64  # per worker: a file descriptor and an index in memory each
@@ -61,6 +61,92 @@ class BatchRequest:
     """int64 (N, 2): (shard index, position in the shard); PADDING for no clip."""
     slots: tuple[int, ...]
     """The slot to read, and with two clips per video that of the second ones."""
+    buffer: SharedBuffer | None
+    """Where the worker puts frames and log-mel; None: into memory of its own."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where frames and log-mel of each slot's clips lie in the memory of one batch."""
+
+    frames_shape: tuple[int, int, int, int, int]
+    """(N, T, H, W, 3), uint8."""
+    log_mel_shape: tuple[int, int, int, int]
+    """(N, 1, F, S), float32."""
+    num_parts: int
+    """1, or 2 with second clips."""
+
+    @property
+    def _frames_bytes(self) -> int:
+        return -(-math.prod(self.frames_shape) // 64) * 64
+
+    @property
+    def _part_bytes(self) -> int:
+        return self._frames_bytes + -(-math.prod(self.log_mel_shape) // 16) * 64
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_parts * self._part_bytes
+
+    def tensors(self, memory: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        """(frames, log_mel) as views of memory, uint8 (num_bytes,)."""
+        start = part * self._part_bytes
+        frames = memory[start : start + math.prod(self.frames_shape)].view(self.frames_shape)
+        start += self._frames_bytes
+        log_mel = memory[start : start + 4 * math.prod(self.log_mel_shape)].view(torch.float32)
+        return frames, log_mel.view(self.log_mel_shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What a batch holds besides frames and log-mel; see ClipBatch."""
+
+    keys: list[str]
+    video_ids: list[int]
+    clips: list[ClipInfo | None]
+    augmentations: list[ClipAugmentation | None]
+    bad: list[BadClipRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledRequest:
+    """What a worker sends back; frames and log-mel lie in the request's buffer, or in memory."""
+
+    request: BatchRequest
+    layout: _Layout
+    parts: list[_Part]
+    memory: Tensor | None
+    """uint8 (layout.num_bytes,), where the request had no buffer."""
+    pinned: ClipBatch | None = None
+    """The batch in page-locked memory, if it was copied there."""
+
+    def batch(self, memory: Tensor) -> ClipBatch:
+        """The batch, whose tensors are views of memory."""
+        batch = None
+        for index in reversed(range(len(self.parts))):
+            part = self.parts[index]
+            frames, log_mel = self.layout.tensors(memory, index)
+            batch = ClipBatch(
+                frames=frames.permute(0, 4, 1, 2, 3),  # (N, 3, T, H, W)
+                log_mel=log_mel,
+                keys=tuple(part.keys),
+                video_ids=torch.tensor(part.video_ids, dtype=torch.int64),
+                valid=torch.tensor([clip is not None for clip in part.clips]),
+                clips=tuple(part.clips),
+                augmentations=tuple(part.augmentations),
+                bad=tuple(part.bad),
+                epoch=self.request.epoch,
+                step=self.request.step,
+                second=batch,
+            )
+        assert batch is not None
+        return batch
+
+    def pin_memory(self) -> "FilledRequest":
+        """Called by the DataLoader's thread in the training process, beside the training step."""
+        buffer = self.request.buffer
+        memory = self.memory if buffer is None else torch.from_numpy(buffer.open())
+        return replace(self, pinned=self.batch(memory).pin_memory(), memory=None)
 
 
 def prepare_clip(
@@ -106,7 +192,7 @@ def prepare_clip(
 
 
 class ClipDataset(Dataset):
-    """BatchRequest -> ClipBatch. Lives in the workers, or in the training process with num_workers=0."""
+    """BatchRequest -> FilledRequest. Lives in the workers, or in the training process with num_workers=0."""
 
     def __init__(self, shard_paths: list[list[str]], video: VideoConfig, audio: AudioConfig, seed: int) -> None:
         """shard_paths[slot][i]: path of the i-th shard of a slot."""
@@ -116,50 +202,56 @@ class ClipDataset(Dataset):
         self._seed = seed
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
 
-    def __getitem__(self, request: BatchRequest) -> ClipBatch:
-        batch = None
-        with _one_thread():
-            for slot in reversed(request.slots):
-                batch = self._read_batch(request, slot, second=batch)
-        assert batch is not None
-        return batch
+    def layout(self, num_clips: int, num_parts: int) -> _Layout:
+        """Layout of a batch of num_clips."""
+        size = self._video.crop_size
+        return _Layout(
+            (num_clips, self._video.num_frames, size, size, 3),
+            (num_clips, 1, self._audio.num_mel_bins, self._audio.num_steps()),
+            num_parts,
+        )
 
-    def _read_batch(self, request: BatchRequest, slot: int, second: ClipBatch | None) -> ClipBatch:
-        num_clips, size = len(request.rows), self._video.crop_size
-        frames = _empty((num_clips, self._video.num_frames, size, size, 3), torch.uint8)
-        log_mel = _empty((num_clips, 1, self._audio.num_mel_bins, self._audio.num_steps()), torch.float32)
-        keys = [""] * num_clips
-        video_ids = torch.full((num_clips,), -1, dtype=torch.int64)
-        clips, augmentations, bad = [None] * num_clips, [None] * num_clips, []
-        for row, (shard, position) in enumerate(request.rows.tolist()):
+    def __getitem__(self, request: BatchRequest) -> FilledRequest:
+        layout = self.layout(len(request.rows), len(request.slots))
+        if request.buffer is None:
+            memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        else:
+            memory = torch.from_numpy(request.buffer.open())
+        with _one_thread():
+            parts = [
+                self._read(request.rows, slot, request.epoch, *layout.tensors(memory, part))
+                for part, slot in enumerate(request.slots)
+            ]
+        return FilledRequest(
+            request=request, layout=layout, parts=parts, memory=memory if request.buffer is None else None
+        )
+
+    def _read(self, rows: np.ndarray, slot: int, epoch: int, frames: Tensor, log_mel: Tensor) -> _Part:
+        num_clips = len(rows)
+        part = _Part(
+            keys=[""] * num_clips,
+            video_ids=[-1] * num_clips,
+            clips=[None] * num_clips,
+            augmentations=[None] * num_clips,
+            bad=[],
+        )
+        for row, (shard, position) in enumerate(rows.tolist()):
             if shard != PADDING:
                 reader = self._reader(self._shard_paths[slot][shard])
-                keys[row] = reader.key(position)
+                part.keys[row] = reader.key(position)
                 try:
                     raw = reader.read(position)
-                    video_ids[row] = raw.info.video_number
-                    augmentations[row] = prepare_clip(
-                        raw, self._video, self._audio, self._seed, request.epoch, frames[row], log_mel[row, 0]
+                    part.video_ids[row] = raw.info.video_number
+                    part.augmentations[row] = prepare_clip(
+                        raw, self._video, self._audio, self._seed, epoch, frames[row], log_mel[row, 0]
                     )
-                    clips[row] = raw.info
+                    part.clips[row] = raw.info
                 except BadClip as error:
-                    bad.append(BadClipRecord(key=keys[row], shard=reader.shard, reason=error.reason))
-            if clips[row] is None:
+                    part.bad.append(BadClipRecord(key=part.keys[row], shard=reader.shard, reason=error.reason))
+            if part.clips[row] is None:
                 frames[row] = round(255 * self._video.mean)
                 log_mel[row] = 0.0
-        return ClipBatch(
-            frames=frames.permute(0, 4, 1, 2, 3),  # (N, 3, T, H, W)
-            log_mel=log_mel,
-            keys=tuple(keys),
-            video_ids=video_ids,
-            valid=torch.tensor([clip is not None for clip in clips]),
-            clips=tuple(clips),
-            augmentations=tuple(augmentations),
-            bad=tuple(bad),
-            epoch=request.epoch,
-            step=request.step,
-            second=second,
-        )
+        return part
 
     def _reader(self, path: str) -> ShardReader:
         """Reader of a shard, the OPEN_SHARDS last used of which stay open."""
@@ -174,8 +266,11 @@ class ClipDataset(Dataset):
 class _RequestSampler(Sampler):
     """Batch requests of one rank, from a position on and through all later epochs."""
 
-    def __init__(self, order: "_Order", rank: int, world_size: int, epoch: int, next_batch: int) -> None:
+    def __init__(
+        self, order: "_Order", rank: int, world_size: int, epoch: int, next_batch: int, pool: BufferPool | None
+    ) -> None:
         self._order = order
+        self._pool = pool
         self._rank = rank
         self._world_size = world_size
         self._epoch = epoch
@@ -187,7 +282,8 @@ class _RequestSampler(Sampler):
             plan, slots = self._order.plan(epoch), self._order.slots(epoch)
             for step in range(first, plan.num_batches):
                 rows = plan.batch(step, self._rank, self._world_size)
-                yield BatchRequest(epoch=epoch, step=step, rows=rows, slots=slots)
+                buffer = None if self._pool is None else self._pool.acquire()
+                yield BatchRequest(epoch=epoch, step=step, rows=rows, slots=slots, buffer=buffer)
             epoch, first = epoch + 1, 0
 
 
@@ -245,7 +341,8 @@ class PortableLoader:
             )
         self.epoch = 0
         self._next_batch = 0
-        self._batches: Iterator[ClipBatch] | None = None
+        self._filled: Iterator[FilledRequest] | None = None
+        self._pool: BufferPool | None = None
         self._processes: list[Any] = []
         self.bad_clips: Counter[str] = Counter()
         self._bad_by_shard: Counter[str] = Counter()
@@ -322,10 +419,13 @@ class PortableLoader:
     def close(self) -> None:
         """End the worker processes. Iterating again starts new ones at the current position."""
         # Asked for by name: a traceback may keep the DataLoader's iterator alive, and with it the workers.
-        end_workers = getattr(self._batches, "_shutdown_workers", None)
-        self._batches, self._processes = None, []
+        end_workers = getattr(self._filled, "_shutdown_workers", None)
+        pool = self._pool
+        self._filled, self._pool, self._processes = None, None, []
         if end_workers is not None:
             end_workers()
+        if pool is not None:
+            pool.close()
 
     def _order_fields(self) -> dict[str, Any]:
         """What the order of clips depends on, besides the epoch."""
@@ -334,10 +434,10 @@ class PortableLoader:
 
     def _take(self) -> ClipBatch:
         """The next batch; starts the workers if there are none."""
-        if self._batches is None:
-            self._batches = self._start()
+        if self._filled is None:
+            self._start()
         try:
-            return next(self._batches)
+            filled = next(self._filled)
         except RuntimeError as error:
             dead = [process for process in self._processes if process.exitcode not in (None, 0)]
             self.close()
@@ -352,29 +452,38 @@ class PortableLoader:
             # The DataLoader's iterator is not to be used after an error of a worker.
             self.close()
             raise
+        if self._pool is None:
+            return filled.pinned or filled.batch(filled.memory)
+        if filled.pinned is not None:
+            self._pool.release(filled.request.buffer)
+            return filled.pinned
+        return filled.batch(torch.from_numpy(self._pool.lend(filled.request.buffer)))
 
-    def _start(self) -> Iterator[ClipBatch]:
-        sampler = _RequestSampler(self._order, self.rank, self.world_size, self.epoch, self._next_batch)
-        pin_memory = torch.cuda.is_available()
-        num_workers = self.config.num_workers
-        if num_workers == 0:
-            return iter(DataLoader(self._dataset, None, sampler=sampler, collate_fn=_as_is, pin_memory=pin_memory))
-        self._check_shared_memory()
+    def _start(self) -> None:
+        config = self.config
+        if config.num_workers > 0 and BufferPool.is_supported():
+            num_clips = config.global_batch_size // self.world_size
+            self._pool = BufferPool(self._dataset.layout(num_clips, config.clips_per_video).num_bytes)
+        sampler = _RequestSampler(self._order, self.rank, self.world_size, self.epoch, self._next_batch, self._pool)
+        workers = {}
+        if config.num_workers > 0:
+            workers = {
+                "num_workers": config.num_workers,
+                "prefetch_factor": -(-config.prefetch_batches // config.num_workers),
+                "worker_init_fn": _start_worker,
+                "multiprocessing_context": _worker_context(),
+            }
         loader = DataLoader(
             self._dataset,
             batch_size=None,
             sampler=sampler,
             collate_fn=_as_is,
-            pin_memory=pin_memory,
-            num_workers=num_workers,
-            prefetch_factor=-(-self.config.prefetch_batches // num_workers),
-            worker_init_fn=_start_worker,
-            multiprocessing_context=_worker_context(),
+            pin_memory=torch.cuda.is_available(),
+            **workers,
         )
         with _without_main_module():
-            batches = iter(loader)
-        self._processes = list(getattr(batches, "_workers", []))
-        return batches
+            self._filled = iter(loader)
+        self._processes = list(getattr(self._filled, "_workers", []))
 
     def _count(self, batch: ClipBatch) -> None:
         """Adds up bad clips; raises TooManyBadClips over the budget."""
@@ -395,24 +504,6 @@ class PortableLoader:
             raise TooManyBadClips(
                 f"{num_bad} of {self._clips_seen} clips are bad ({reasons}), expected at most {allowed:.2%} "
                 f"(loader.max_bad_fraction); most are in {shards}; run tools/check_shards.py on {self.config.shards}"
-            )
-
-    def _check_shared_memory(self) -> None:
-        """Warns when the batches on their way may not fit in /dev/shm (64 MB in a container by default)."""
-        if not os.path.isdir("/dev/shm"):
-            return
-        config = self.config
-        clip_bytes = config.video.num_frames * config.video.crop_size**2 * 3
-        clip_bytes += 4 * config.audio.num_mel_bins * config.audio.num_steps()
-        rank_clips = config.global_batch_size // self.world_size * config.clips_per_video
-        batches_in_flight = max(config.prefetch_batches, config.num_workers) + config.num_workers + 1
-        needed, free = clip_bytes * rank_clips * batches_in_flight, shutil.disk_usage("/dev/shm").free
-        if needed > free:
-            warnings.warn(
-                f"/dev/shm has {free >> 20} MB free, but loader batches on their way may take {needed >> 20} MB, and a "
-                f"worker that finds it full is killed; give the container more (--shm-size) or lower "
-                f"loader.prefetch_batches or loader.num_workers",
-                stacklevel=4,
             )
 
 
@@ -436,8 +527,8 @@ def _check_shards(folder: str, manifest: Manifest) -> tuple[list[list[str]], lis
     return paths, [num_clips for _, num_clips in layout[0]]
 
 
-def _as_is(batch: ClipBatch) -> ClipBatch:
-    return batch
+def _as_is(filled: FilledRequest) -> FilledRequest:
+    return filled
 
 
 @contextmanager
@@ -449,12 +540,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a batch: in a worker shared with the training process from the start, so that nothing is copied."""
-    tensor = torch.empty(shape, dtype=dtype)
-    return tensor if get_worker_info() is None else tensor.share_memory_()
 
 
 def _worker_context() -> Any:

@@ -21,7 +21,7 @@ from loaders.augment import draw_augmentation
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.decode import decode_frames, decode_waveform, uniform_frame_indices
-from loaders.portable import TooManyBadClips
+from loaders.portable import FilledRequest, TooManyBadClips
 from loaders.video_ops import color_jitter, crop_frames, flip_frames
 from shards.reader import ShardReader
 
@@ -337,11 +337,55 @@ def test_threads_of_the_training_process_stay_as_they_were(shards):
         torch.set_num_threads(threads)
 
 
-def test_small_shared_memory_is_announced(shards, monkeypatch):
-    monkeypatch.setattr("loaders.portable.shutil.disk_usage", lambda path: type("usage", (), {"free": 1 << 10}))
-    loader = build_loader(config(shards, num_workers=1))
-    with pytest.warns(UserWarning, match="/dev/shm has 0 MB free, but loader batches"):
-        next(iter(loader))
+def test_batches_stay_as_they_were_while_later_ones_come(shards):
+    loader = build_loader(config(shards, num_workers=2, prefetch_batches=2, clips_per_video=2))
+    expected = take(build_loader(config(shards, clips_per_video=2)), 12)
+    whole, views = [], []
+    for index in range(12):
+        batch = take(loader, 1)[0]
+        if index % 3 == 0:
+            whole.append(batch)
+        elif index % 3 == 1:
+            views.append(batch.second.log_mel[2:4])
+        del batch  # every third buffer is used again while the others are held
+    assert len(loader._pool) < 12
+    for batch, reference in zip(whole, expected[::3]):
+        assert_equal(batch, reference)
+    for view, reference in zip(views, expected[1::3]):
+        assert torch.equal(view, reference.second.log_mel[2:4])
+    loader.close()
+    assert torch.equal(views[0], expected[1].second.log_mel[2:4])
+
+
+def test_buffers_are_used_again(shards):
+    loader = build_loader(config(shards, num_workers=1, prefetch_batches=2))
+    for _ in range(5):
+        for batch in loader:
+            del batch
+    assert len(loader._pool) <= 4  # two on their way, one handed out, one just given back
+    loader.close()
+
+
+def test_pinned_copy_is_the_batch_and_frees_the_buffer(shards, monkeypatch):
+    # As on a machine with a GPU, where the DataLoader's thread calls pin_memory; here it only copies.
+    monkeypatch.setattr(
+        ClipBatch, "pin_memory", lambda batch: replace(batch, frames=batch.frames.clone(), log_mel=batch.log_mel.clone())
+    )
+    loader = build_loader(config(shards, num_workers=1, prefetch_batches=1))
+    expected = take(build_loader(config(shards)), 3)
+    take(loader, 1)
+    loader._filled = map(FilledRequest.pin_memory, loader._filled)
+    pinned = take(loader, 2)
+    assert len(loader._pool) <= 3
+    for a, b in zip(pinned, expected[1:]):
+        assert_equal(a, b)
+
+
+def test_workers_without_buffers_give_the_same(shards, monkeypatch):
+    monkeypatch.setattr("loaders.portable.BufferPool.is_supported", lambda: False)
+    loader = build_loader(config(shards, num_workers=1, clips_per_video=2))
+    for a, b in zip(take(loader, 3), take(build_loader(config(shards, clips_per_video=2)), 3)):
+        assert_equal(a, b)
     loader.close()
 
 
