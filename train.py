@@ -16,6 +16,7 @@ from cmac.config import PRESETS, RunConfig
 from cmac.pretrain import pretrain
 from cmac.provenance import usable_cores
 from loaders import build_loader
+from loaders.portable import TooManyBadClips
 
 
 def parse(arguments: list[str]) -> RunConfig:
@@ -60,7 +61,7 @@ def main() -> None:
             pretrain(config, loader, device)
         finally:
             loader.close()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, TooManyBadClips) as error:
         raise SystemExit(f"train.py: {error}") from error
     finally:
         if dist.is_initialized():

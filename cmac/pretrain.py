@@ -4,11 +4,9 @@ import dataclasses
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,25 +18,8 @@ from cmac.config import OptimizerConfig, RunConfig, config_to_dict
 from cmac.model import CMAC, StepOutput
 from cmac.provenance import git_commit
 from cmac.run_log import RunLog
+from loaders import Loader
 from loaders.batch import ClipBatch
-
-
-class Loader(Protocol):
-    """What `pretrain` needs of a loader; `loaders.build_loader` makes one."""
-
-    bad_clips: Counter[str]
-
-    def __iter__(self) -> Iterator[ClipBatch]:
-        """Batches of the rest of the current epoch; afterwards the position is the next epoch's start."""
-
-    def __len__(self) -> int:
-        """Batches per epoch, the same on all ranks."""
-
-    def state_dict(self) -> dict:
-        """Position after the last batch that was handed out."""
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a position, whatever the number of ranks was."""
 
 
 def learning_rate_at(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int, ranks: int) -> float:

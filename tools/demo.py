@@ -1,0 +1,117 @@
+"""Everything from videos to a report: generate a world (or take your videos), make shards, pretrain, evaluate.
+
+    python tools/demo.py                      # what `make demo` runs
+    python tools/demo.py --videos FOLDER      # on your own videos, without figures that need ground truth
+
+Each step is a command of its own, printed before it runs. A second run takes up what is finished.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from shards.manifest import read_manifest
+from shards.sources import videos_of_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN_VIDEOS = 500
+TEST_VIDEOS = 544  # half of them easy, nine in ten of those with the sounding object in view
+WORLD_SLOTS = 6
+"""Seconds taken of a generated training video; they last 4 to 10."""
+BATCH = 32
+
+
+def run(title: str, command: list[str]) -> None:
+    """Print a step and run it from the project's folder.
+
+    Raises:
+        SystemExit: the step failed; its own message is on the terminal.
+    """
+    print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
+    started = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code != 0:
+        raise SystemExit(f"demo: '{title}' ended with exit status {code}; mend what it says above and run it again")
+    print(f"-- {time.monotonic() - started:.0f} s", flush=True)
+
+
+def choose_videos(folder: Path, limit: int, list_path: Path) -> list[str]:
+    """Arguments for make_shards: the whole folder, or a random choice of `limit` videos when it holds more."""
+    arguments = ["--videos", str(folder)]
+    videos = videos_of_folder(str(folder))
+    if len(videos) > limit:
+        chosen = sorted(np.random.default_rng(0).choice(len(videos), limit, replace=False))
+        list_path.parent.mkdir(parents=True, exist_ok=True)
+        names = "".join(f"{videos[index].video_id}\n" for index in chosen)
+        list_path.write_bytes(names.encode("utf-8", "surrogateescape"))
+        print(f"{folder} holds {len(videos)} videos; the demo takes {limit} of them (--max-videos)")
+        arguments += ["--list", str(list_path)]
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0 when the report is written."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--videos", type=Path, help="folder of your own videos in place of the generated world")
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/demo, or runs/demo-NAME of your folder)")
+    parser.add_argument("--steps", type=int, help="optimization steps (default: the preset's; 300 on your videos)")
+    parser.add_argument("--max-videos", type=int, default=300, help="at most so many of your videos (default: 300)")
+    parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS, help="of the generated world")
+    parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS, help="of the generated world")
+    args = parser.parse_args(argv)
+    for name in ("steps", "max_videos", "train_videos", "test_videos"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    if args.videos is not None and not args.videos.is_dir():
+        parser.error(f"--videos {args.videos}: no such folder")
+    started = time.monotonic()
+
+    python = sys.executable
+    default = "runs/demo" if args.videos is None else f"runs/demo-{args.videos.resolve().name}"
+    run_dir = Path(default) if args.run is None else args.run.resolve()
+    absolute = ROOT / run_dir
+    train_shards, test_shards = run_dir / "shards/train", run_dir / "shards/test"
+    steps = args.steps
+    if args.videos is None:
+        world = run_dir / "world"
+        videos = ["--train-videos", str(args.train_videos), "--test-videos", str(args.test_videos)]
+        run("generate a world of sounding objects", [python, "tools/make_world.py", "--out", str(world), *videos])
+        make = [python, "tools/make_shards.py", "--preset", "veryfast"]
+        source = ["--videos", str(world / "train"), "--max-clips", str(WORLD_SLOTS)]
+        run("cut the training videos into shards", [*make, *source, "--out", str(train_shards)])
+        source = ["--videos", str(world / "test"), "--max-clips", "2", "--split", "test"]
+        run("cut the unseen test videos into shards", [*make, *source, "--out", str(test_shards)])
+        truth = ["--world", str(world)]
+    else:
+        steps = steps or 300
+        source = choose_videos(args.videos.resolve(), args.max_videos, absolute / "videos.txt")
+        make = [python, "tools/make_shards.py", *source, "--out", str(train_shards)]
+        run(f"cut the videos of {args.videos} into shards", make)
+        test_shards, truth = train_shards, []
+
+    num_videos = read_manifest(ROOT / train_shards).num_videos
+    if num_videos < 2:
+        raise SystemExit(f"demo: {num_videos} video gave clips, and contrastive learning needs at least 2; see report.csv")
+    torchrun = [str(Path(python).with_name("torchrun")), "--standalone", "--nproc-per-node", "1"]
+    train = [*torchrun, "train.py", "demo", "--run-dir", str(run_dir), "--loader.shards", str(train_shards)]
+    if num_videos < BATCH:
+        train += ["--loader.global-batch-size", str(num_videos)]
+    if steps is not None:
+        train += ["--max-steps", str(steps)]
+    run("pretrain", train)
+    command = "make demo" if args.videos is None else f"make demo VIDEOS={args.videos}"
+    evaluate = [python, "tools/evaluate_demo.py", "--run", str(run_dir), "--shards-test", str(test_shards), *truth]
+    run("evaluate", [*evaluate, "--command", command])
+
+    print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
+    print(f"Open {absolute / 'report.html'} in a browser; the figures are in {absolute / 'metrics.json'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
