@@ -268,7 +268,7 @@ def _probe_container(container: av.container.InputContainer) -> VideoProbe:
     videos = [stream for stream in videos if stream.codec_context is not None]
     audios = [stream for stream in container.streams.audio if stream.codec_context is not None]
     if not videos and not audios:
-        raise Unusable("undecodable" if not list(container.streams) else "no-video")
+        raise Unusable("undecodable")
     if not videos:
         raise Unusable("no-video")
     if not audios:
