@@ -68,6 +68,15 @@ def test_interval_over_videos_is_wider_when_their_clips_agree():
     assert by_video[1] - by_video[0] > 2 * (by_clip[1] - by_clip[0])
 
 
+def test_no_hit_at_all_still_has_an_interval():
+    binomial = pytest.importorskip("scipy.stats").binomtest
+    expected = binomial(0, 40).proportion_ci(0.95, method="exact")
+    assert bootstrap_interval([0.0] * 40, list(range(40))) == pytest.approx((0.0, expected.high))
+    assert bootstrap_interval([1.0] * 40, list(range(40))) == pytest.approx((1 - expected.high, 1.0))
+    # Two clips of each of 20 videos are 20 independent observations, not 40.
+    assert bootstrap_interval([0.0] * 40, [video // 2 for video in range(40)])[1] > expected.high
+
+
 def test_interval_of_nothing_is_none():
     assert bootstrap_interval([], []) is None
 
