@@ -47,5 +47,6 @@ def build_loader(config: "LoaderConfig", rank: int = 0, world_size: int = 1) -> 
     """
     from loaders.portable import PortableLoader  # here: importing the configuration must not need PyAV
 
-    logging.getLogger(__name__).info("loader backend: portable (PyAV in %d worker processes)", config.num_workers)
+    log = logging.getLogger(__name__)
+    log.info("loader backend: portable (PyAV in %d worker processes)", config.num_workers)
     return PortableLoader(config, rank, world_size)

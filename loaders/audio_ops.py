@@ -21,11 +21,12 @@ GDT_PRE_EMPHASIS = 0.97
 def log_mel_spectrogram(waveform: Tensor, config: AudioConfig, normalize: bool = True) -> Tensor:
     """Log-mel of a waveform, without augmentation.
 
-    `log-mel`: window of window_samples (periodic Hann), centered on every hop_samples-th sample with reflected edges and
-    zero-padded to n_fft; power; continuous triangular HTK mel filters without area normalization; ln(power + log_offset).
+    `log-mel`: window of window_samples (periodic Hann), centered on every hop_samples-th sample with
+    reflected edges and zero-padded to n_fft; power; continuous triangular HTK mel filters without area
+    normalization; ln(power + log_offset).
 
-    `gdt`: int16 scale, pre-emphasis x[t] - 0.97 x[t-1], rectangular windows from sample 0, power / n_fft, filters with
-    corners rounded down to FFT bins; ln, with zero replaced by the float64 epsilon (-36.04).
+    `gdt`: int16 scale, pre-emphasis x[t] - 0.97 x[t-1], rectangular windows from sample 0, power / n_fft,
+    filters with corners rounded down to FFT bins; ln, with zero replaced by the float64 epsilon (-36.04).
 
     Args:
         waveform: float32 (..., num_samples) in [-1, 1) at config.sample_rate.
@@ -36,12 +37,14 @@ def log_mel_spectrogram(waveform: Tensor, config: AudioConfig, normalize: bool =
         float32 (..., F, S) with S = config.num_steps(num_samples).
 
     Raises:
-        ValueError: the waveform is too short to reflect at its edges (`log-mel`: n_fft // 2 samples or fewer) or empty.
+        ValueError: the waveform is too short to reflect at its edges (`log-mel`: n_fft // 2 samples or fewer)
+            or empty.
     """
     num_samples = waveform.shape[-1]
     if num_samples < 1 or (config.front_end == "log-mel" and num_samples <= config.n_fft // 2):
         raise ValueError(
-            f"waveform has {num_samples} samples, expected more than {config.n_fft // 2} (half of loader.audio.n_fft)"
+            f"waveform has {num_samples} samples, expected more than {config.n_fft // 2} "
+            f"(half of loader.audio.n_fft)"
         )
     leading = waveform.shape[:-1]
     waveform = waveform.reshape(-1, num_samples)
@@ -57,8 +60,8 @@ def log_mel_spectrogram(waveform: Tensor, config: AudioConfig, normalize: bool =
 def _log_mel(waveform: Tensor, config: AudioConfig) -> Tensor:
     window = _hann_window(config.window_samples).to(waveform.device)
     spectrum = torch.stft(
-        waveform, config.n_fft, config.hop_samples, config.window_samples, window, center=True, pad_mode="reflect",
-        return_complex=True,
+        waveform, config.n_fft, config.hop_samples, config.window_samples, window,
+        center=True, pad_mode="reflect", return_complex=True,
     )  # fmt: skip
     power = spectrum.real.square().add_(spectrum.imag.square())  # (N, n_fft // 2 + 1, S)
     filters = _sparse_filters("log-mel", config.n_fft, config.sample_rate, config.num_mel_bins)
@@ -73,14 +76,15 @@ def _gdt_log_mel(waveform: Tensor, config: AudioConfig) -> Tensor:
     emphasized = functional.pad(emphasized, (0, padded_samples - waveform.shape[1]))
     windows = emphasized.unfold(1, config.window_samples, config.hop_samples)  # (N, S, window)
     spectrum = torch.fft.rfft(windows, n=config.n_fft)
-    power = spectrum.real.square().add_(spectrum.imag.square()).div_(config.n_fft).mT  # (N, n_fft // 2 + 1, S)
+    power = spectrum.real.square().add_(spectrum.imag.square()).div_(config.n_fft)
+    power = power.mT  # (N, n_fft // 2 + 1, S)
     filters = _sparse_filters("gdt", config.n_fft, config.sample_rate, config.num_mel_bins)
     mel = _apply_filters(filters, power)
     return mel.masked_fill_(mel == 0, torch.finfo(torch.float64).eps).log_()
 
 
 def _apply_filters(filters: Tensor, power: Tensor) -> Tensor:
-    """filters (F, B), sparse, on power (N, B, S) -> (N, F, S); about 2 of B weights of a filter are not zero."""
+    """filters (F, B) on power (N, B, S) -> (N, F, S). Sparse: a bin counts in two filters."""
     num_clips, num_bins, num_steps = power.shape
     columns = power.transpose(0, 1).reshape(num_bins, num_clips * num_steps)
     mel = torch.sparse.mm(filters.to(power.device), columns)  # (F, N * S)
@@ -99,11 +103,11 @@ def _sparse_filters(front_end: str, n_fft: int, sample_rate: int, num_mel_bins: 
 
 
 def mel_filters(n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
-    """float32 (F, n_fft // 2 + 1): continuous triangular HTK mel filters of peak 1 from 0 Hz to sample_rate / 2."""
+    """float32 (F, n_fft // 2 + 1): continuous triangular HTK mel filters of peak 1, 0 Hz to half the rate."""
     import torchaudio.functional  # here: the rest of this module is of use without it
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torchaudio warns of empty filters; has_empty_filters tells
+        warnings.simplefilter("ignore", UserWarning)  # torchaudio warns of empty filters
         filters = torchaudio.functional.melscale_fbanks(
             n_fft // 2 + 1, 0.0, sample_rate / 2, num_mel_bins, sample_rate, norm=None, mel_scale="htk"
         )
@@ -113,8 +117,8 @@ def mel_filters(n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
 def gdt_mel_filters(n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
     """float32 (F, n_fft // 2 + 1): triangular HTK mel filters whose corners are rounded down to FFT bins.
 
-    Corner m lies at bin floor((n_fft + 1) * hz(m) / sample_rate), hz(m) evenly spaced in mel from 0 Hz to sample_rate / 2.
-    Corners that fall on one bin leave a filter empty: 38 of 257 at 24 kHz and n_fft 1024.
+    Corner m lies at bin floor((n_fft + 1) * hz(m) / sample_rate), hz(m) evenly spaced in mel from 0 Hz to
+    sample_rate / 2. Corners that fall on one bin leave a filter empty: 38 of 257 at 24 kHz and n_fft 1024.
     """
     top = 2595 * math.log10(1 + sample_rate / 2 / 700)
     mels = torch.linspace(0, top, num_mel_bins + 2, dtype=torch.float64)
@@ -130,13 +134,13 @@ def gdt_mel_filters(n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
 
 
 def time_warp(log_mel: Tensor, center: int, shift: int) -> Tensor:
-    """log_mel with step `center` moved to `center + shift`, the parts before and after stretched or squeezed to fit.
+    """log_mel with step `center` moved to `center + shift`, the parts on either side stretched to fit.
 
-    Piecewise linear: the segments [0, center] and [center, S-1] are resampled (linear interpolation) to [0, center+shift]
-    and [center+shift, S-1]; the first and last step stay. A shift of 0 gives log_mel itself.
+    Piecewise linear: the segments [0, center] and [center, S-1] are resampled (linear interpolation) to
+    [0, center+shift] and [center+shift, S-1]; the first and last step stay. A shift of 0 changes nothing.
 
-    Choice: 1-D resampling of two segments in place of SpecAugment's 2-D sparse image warp: what it amounts to when
-    the control points lie on one horizontal line.
+    Choice: 1-D resampling of two segments in place of SpecAugment's 2-D sparse image warp: what it amounts to
+    when the control points lie on one horizontal line.
 
     Args:
         log_mel: float (..., F, S).
@@ -158,12 +162,12 @@ def time_warp(log_mel: Tensor, center: int, shift: int) -> Tensor:
     source = torch.where(steps <= target, before, after)  # (S,)
     low = source.floor().long().clamp_(max=last - 1)
     weight = (source - low).to(log_mel.dtype)
-    # The products are of small whole numbers, so source is exact at `target`: step `center` is moved, not blurred.
+    # Products of small whole numbers: source is exact at `target`, step `center` is moved and not blurred.
     return log_mel[..., low] * (1 - weight) + log_mel[..., low + 1] * weight
 
 
 def mask_frequencies(log_mel: Tensor, masks: Iterable[tuple[int, int]], fill: float = 0.0) -> Tensor:
-    """Copy of log_mel (..., F, S) with the bins of each mask (first bin, number of bins) set to fill (0: the mean)."""
+    """Copy of log_mel (..., F, S) with the bins of each mask (first bin, number of bins) set to fill."""
     log_mel = log_mel.clone()
     for start, width in masks:
         log_mel[..., start : start + width, :] = fill
@@ -171,7 +175,7 @@ def mask_frequencies(log_mel: Tensor, masks: Iterable[tuple[int, int]], fill: fl
 
 
 def mask_times(log_mel: Tensor, masks: Iterable[tuple[int, int]], fill: float = 0.0) -> Tensor:
-    """Copy of log_mel (..., F, S) with the steps of each mask (first step, number of steps) set to fill (0: the mean)."""
+    """Copy of log_mel (..., F, S) with the steps of each mask (first step, number of steps) set to fill."""
     log_mel = log_mel.clone()
     for start, width in masks:
         log_mel[..., start : start + width] = fill

@@ -1,8 +1,8 @@
 """What is done to a clip, drawn from (seed, epoch, key) alone.
 
-The draws are plain numbers in a ClipAugmentation, apart from the code that applies them, so that every backend can be fed
-the same ones. Each kind of augmentation has a random stream of its own: switching one on or off, or changing its
-parameters, leaves the others as they were.
+The draws are plain numbers in a ClipAugmentation, apart from the code that applies them, so that every
+backend can be fed the same ones. Each kind of augmentation has a random stream of its own: switching one on
+or off, or changing its parameters, leaves the others as they were.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ COLOR_OPERATIONS = ("brightness", "contrast", "saturation")
 
 @dataclass(frozen=True, kw_only=True)
 class ClipAugmentation:
-    """What was done to one clip. Pixels are those of the scaled frame (before the crop), steps and bins those of log_mel."""
+    """What was done to one clip. Pixels are those of the scaled frame (before the crop), steps and bins those
+    of log_mel."""
 
     scaled_height: int
     """Height of the scaled frame the crop was cut from, pixels."""
@@ -54,7 +55,7 @@ class ClipAugmentation:
 
 
 def random_stream(*parts: object) -> np.random.Philox:
-    """Philox generator keyed by blake2b of the parts: the same parts give the same numbers on every machine."""
+    """Philox generator keyed by blake2b of the parts: equal parts give equal numbers on every machine."""
     text = "\0".join(str(part) for part in parts).encode("utf-8", "surrogateescape")
     return np.random.Philox(key=int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little"))
 
@@ -62,7 +63,8 @@ def random_stream(*parts: object) -> np.random.Philox:
 def random_permutation(count: int, stream: np.random.Philox) -> np.ndarray:
     """int64 (count,): the numbers 0 .. count-1 in random order.
 
-    Built from the raw 64-bit stream, which numpy never changes; Generator.permutation may differ between its releases.
+    Built from the raw 64-bit stream, which numpy never changes; Generator.permutation may differ between its
+    releases.
     """
     return np.argsort(stream.random_raw(count), kind="stable").astype(np.int64)
 
@@ -92,7 +94,8 @@ def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 def crop_in_source(clip: "ClipInfo", augmentation: ClipAugmentation) -> tuple[float, float, float, float]:
     """(x, y, width, height) of a clip's crop in pixels of its source video, display orientation.
 
-    With augmentation.flip the crop was mirrored: its column c came from column crop_size - 1 - c of this window.
+    With augmentation.flip the crop was mirrored: its column c came from column crop_size - 1 - c of this
+    window.
     """
     x, y, width, height = clip.source_crop
     across, down = width / augmentation.scaled_width, height / augmentation.scaled_height
@@ -117,7 +120,7 @@ def draw_augmentation(
     """What is done to the clip `key` in `epoch`: a function of (seed, epoch, key) and of the configuration.
 
     Args:
-        video: crop, flip and color settings; with augment=False the crop is the center and nothing else is done.
+        video: crop, flip and color settings; with augment=False the center crop and nothing else.
         audio: warp and mask settings; with augment=False there are none.
         seed: LoaderConfig.seed.
         epoch: epoch number.
@@ -141,12 +144,13 @@ def draw_augmentation(
             strength = getattr(video, name)
             fields[name] = draw.uniform(1 - strength, 1 + strength)
         remaining = list(COLOR_OPERATIONS)
-        fields["color_order"] = tuple(remaining.pop(draw.integer(0, len(remaining) - 1)) for _ in COLOR_OPERATIONS)
+        picks = (draw.integer(0, len(remaining) - 1) for _ in COLOR_OPERATIONS)
+        fields["color_order"] = tuple(remaining.pop(pick) for pick in picks)
 
     if audio.augment:
         reach = audio.time_warp_steps
         if reach > 0:
-            # Choice: the step stays at least one step away from both ends before and after, so neither segment vanishes.
+            # Choice: before and after, the step is at least one away from both ends: no segment vanishes.
             draw = _Draw(seed, epoch, key, "time-warp")
             fields["warp_center"] = draw.integer(reach + 1, num_steps - 2 - reach)
             fields["warp_shift"] = draw.integer(-reach, reach)

@@ -29,18 +29,18 @@ class BadClipRecord:
 class ClipBatch:
     """N clips of one rank.
 
-    A row with valid False is a bad clip or padding: its frames are the mean grey (video.mean * 255, rounded), its log_mel
-    is zero (the mean, after normalization). It must not count in losses, queues or figures.
+    A row with valid False is a bad clip or padding: its frames are the mean grey (video.mean * 255, rounded),
+    its log_mel is zero (the mean, after normalization). It must not count in losses, queues or figures.
     """
 
     frames: Tensor
-    """uint8 (N, 3, T, H, W), RGB; a permuted view of contiguous (N, T, H, W, 3): channels_last_3d in torch's words."""
+    """uint8 (N, 3, T, H, W), RGB; a view of contiguous (N, T, H, W, 3): torch's channels_last_3d."""
     log_mel: Tensor
     """float32 (N, 1, F, S): normalized and augmented."""
     keys: tuple[str, ...]
     """N keys; empty for padding."""
     video_ids: Tensor
-    """int64 (N,): ClipInfo.video_number, equal for two clips of one video; -1 where it is not known and for padding."""
+    """int64 (N,): ClipInfo.video_number, equal for two clips of a video; -1 if unknown and for padding."""
     valid: Tensor
     """bool (N,): False for a bad clip and for padding."""
     clips: tuple[ClipInfo | None, ...]
@@ -62,7 +62,10 @@ class ClipBatch:
         return len(self.keys)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ClipBatch:
-        """The same batch with its tensors on device; non_blocking lets pinned memory be copied behind the computation."""
+        """The same batch with its tensors on device.
+
+        non_blocking: pinned memory is copied beside the computation.
+        """
         return replace(
             self,
             frames=self.frames.to(device, non_blocking=non_blocking),

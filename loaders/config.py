@@ -20,7 +20,7 @@ class VideoConfig:
     num_frames: int = 32
     """Frames per clip, taken uniformly from the 32 that a shard holds (1 to 32)."""
     short_side: int = 144
-    """Frames are scaled to this short side (pixels) at decode, aspect kept. 144 is the shards' own: no scaling."""
+    """Frames are scaled to this short side (pixels) at decode, aspect kept. 144, as stored: no scaling."""
     crop_size: int = 128
     """Side of the square crop in scaled pixels: random when augment is on, else the center."""
     augment: bool = True
@@ -28,7 +28,7 @@ class VideoConfig:
     flip_probability: float = 0.5
     """Chance that a clip is mirrored left to right."""
     color_jitter: bool = False
-    """Brightness, contrast and saturation jitter, the same for all frames of a clip (the paper: final runs only)."""
+    """Brightness, contrast and saturation jitter, alike in all frames of a clip (paper: final runs only)."""
     brightness: float = 0.4
     """Brightness factor is uniform in [1 - brightness, 1 + brightness]."""
     contrast: float = 0.4
@@ -43,7 +43,10 @@ class VideoConfig:
     def __post_init__(self) -> None:
         name = "loader.video"
         _check(
-            f"{name}.num_frames", self.num_frames, 1 <= self.num_frames <= FRAMES_PER_CLIP, f"1 to {FRAMES_PER_CLIP}"
+            f"{name}.num_frames",
+            self.num_frames,
+            1 <= self.num_frames <= FRAMES_PER_CLIP,
+            f"1 to {FRAMES_PER_CLIP}",
         )
         _check(f"{name}.short_side", self.short_side, self.short_side >= 1, "at least 1 pixel")
         _check(
@@ -61,11 +64,12 @@ class VideoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """How a waveform becomes the log-mel the audio encoder sees (paper section 4.1: 257 bands, SpecAugment)."""
+    """How a waveform becomes the log-mel of the audio encoder (paper section 4.1: 257 bands, SpecAugment)."""
 
     front_end: Literal["log-mel", "gdt"] = "log-mel"
-    """`log-mel`: continuous HTK mel filters over a Hann window. `gdt`: the front end of the GDT code base (pre-emphasis,
-    rectangular window, filters with rounded corners of which some are empty); see `gdt_audio_config`."""
+    """`log-mel`: continuous HTK mel filters over a Hann window. `gdt`: the front end of the GDT code base
+    (pre-emphasis, rectangular window, filters with rounded corners of which some are empty); see
+    `gdt_audio_config`."""
     sample_rate: int = SAMPLE_RATE
     """Samples per second of the waveform (Hz)."""
     n_fft: int = 2048
@@ -77,17 +81,17 @@ class AudioConfig:
     num_mel_bins: int = 257
     """Mel bands from 0 Hz to half the sample rate."""
     log_offset: float = 1e-6
-    """Added to the mel power before the logarithm, so that digital silence is ln(1e-6) and not minus infinity."""
+    """Added to the mel power before the logarithm: digital silence is ln(1e-6), not minus infinity."""
     log_mel_mean: float = -3.2
-    """Mean of the log-mel over the data; the model sees (log_mel - log_mel_mean) / log_mel_std. The default was measured
-    on 375 seconds of 45 web videos (speech, music, animals, sports): -3.16 and 4.52; `audio_ops.log_mel_statistics`
-    measures other data."""
+    """Mean of the log-mel over the data; the model sees (log_mel - log_mel_mean) / log_mel_std. The default
+    was measured on 375 seconds of 45 web videos (speech, music, animals, sports): -3.16 and 4.52;
+    `audio_ops.log_mel_statistics` measures other data."""
     log_mel_std: float = 4.5
     """Standard deviation of the log-mel over the data."""
     augment: bool = True
     """Time warp, frequency masks and time masks (SpecAugment). Off: none of them."""
     time_warp_steps: int = 5
-    """W: a random step moves by up to this many steps, and what is on either side is stretched or squeezed. 0: off."""
+    """W: a random step moves by up to this many steps, what is on either side is stretched. 0: off."""
     num_frequency_masks: int = 1
     """Bands of neighboring mel bins set to the mean."""
     frequency_mask_bins: int = 20
@@ -127,7 +131,10 @@ class AudioConfig:
         )
         steps = self.num_steps()
         _check(
-            f"{name}.time_mask_steps", self.time_mask_steps, 1 <= self.time_mask_steps <= steps, f"1 to {steps} steps"
+            f"{name}.time_mask_steps",
+            self.time_mask_steps,
+            1 <= self.time_mask_steps <= steps,
+            f"1 to {steps} steps",
         )
         _check(
             f"{name}.time_warp_steps",
@@ -139,8 +146,9 @@ class AudioConfig:
     def num_steps(self, num_samples: int | None = None) -> int:
         """S: spectrogram steps of a waveform of num_samples (default: one second, a clip).
 
-        `log-mel` centers its windows with reflected edges: 1 + num_samples // hop (101 for a clip). `gdt` starts the
-        first window at sample 0 and pads the last with zeros: 1 + ceil((num_samples - window) / hop) (99 for a clip).
+        `log-mel` centers its windows with reflected edges: 1 + num_samples // hop (101 for a clip).
+        `gdt` starts the first window at sample 0 and pads the last with zeros:
+        1 + ceil((num_samples - window) / hop) (99 for a clip).
         """
         num_samples = self.sample_rate if num_samples is None else num_samples
         if self.front_end == "log-mel":
@@ -151,9 +159,10 @@ class AudioConfig:
 def gdt_audio_config(**changes: object) -> AudioConfig:
     """AudioConfig of the GDT code base's 257-band front end; `changes` override single fields.
 
-    24 kHz, pre-emphasis 0.97, 20 ms rectangular windows every 10 ms, n_fft 1024, natural logarithm, normalized with mean
-    1.93 and standard deviation 17.89: a clip is 257 x 99. 38 of its 257 filters are empty (see
-    `audio_ops.gdt_mel_filters`), which is why it is not the default. For weights that were trained with it.
+    24 kHz, pre-emphasis 0.97, 20 ms rectangular windows every 10 ms, n_fft 1024, natural logarithm,
+    normalized with mean 1.93 and standard deviation 17.89: a clip is 257 x 99. 38 of its 257 filters are
+    empty (see `audio_ops.gdt_mel_filters`), which is why it is not the default. For weights that were trained
+    with it.
     """
     fields: dict[str, object] = {
         "front_end": "gdt",
@@ -179,19 +188,19 @@ class LoaderConfig:
     prefetch_batches: int = 8
     """Batches per rank made ready ahead of the consumer, rounded up to a multiple of num_workers."""
     seed: int = 0
-    """With the epoch, fixes the order of clips; with the epoch and a clip's key, fixes what is done to the clip."""
+    """With the epoch, fixes the order of clips; with the epoch and a clip's key, what is done to the clip."""
     drop_last: bool = True
-    """Leave out the last, incomplete global batch of an epoch. Off: it is padded with rows marked not valid."""
+    """Leave out the last, incomplete global batch of an epoch. Off: pad it with rows marked not valid."""
     shuffle: bool = True
     """A new order each epoch. Off: the order of the shards."""
     shuffle_window: int = 4096
-    """Clips are shuffled within windows of this many after the shards were permuted. 0: in sequence inside a shard."""
+    """After the shards were permuted, clips are shuffled within windows of this many. 0: they are not."""
     clips_per_video: int = 1
-    """2: each batch also carries a second clip of the same videos as batch.second (Table 3, within-modal positives)."""
+    """2: each batch has a second clip of the same videos as batch.second (Table 3, positives)."""
     max_bad_fraction: float = 0.01
-    """The loader stops when more than this share of the clips seen (at least 100) could not be read or decoded."""
+    """The loader stops when more than this share of the clips seen (at least 100) could not be used."""
     backend: Literal["auto", "portable"] = "auto"
-    """`portable`: PyAV in worker processes, needs nothing from the system. `auto`: the best backend there is."""
+    """`portable`: PyAV in worker processes, needs nothing from the system. `auto`: the best there is."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """Frames: number, size, crop, augmentation."""
     audio: AudioConfig = field(default_factory=AudioConfig)

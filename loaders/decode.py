@@ -1,7 +1,7 @@
 """From the bytes of a clip to frames and waveform: PyAV and the standard library, one thread.
 
-A decoder that returns less than it should is worse than one that fails: everything here gives exactly what a clip holds
-or raises BadClip.
+A decoder that returns less than it should is worse than one that fails: everything here gives exactly what a
+clip holds or raises BadClip.
 """
 
 import io
@@ -17,15 +17,15 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from loaders.augment import scaled_size
 from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE, SAMPLES_PER_CLIP, BadClip
 
-av.logging.set_level(av.logging.PANIC)  # libav prints what it finds odd; here a clip is right or raises BadClip
+av.logging.set_level(av.logging.PANIC)  # libav prints what it finds odd; here that raises BadClip or is right
 
-# PyAV 17 and later start one scaling thread per core for each frame unless told otherwise (4 to 15 times slower here).
+# PyAV 17 and later start a scaling thread per core for each frame unless told not to: 4 to 15 times slower.
 _ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
 _per_thread = threading.local()
 
 
 def uniform_frame_indices(num_frames: int, total: int = FRAMES_PER_CLIP) -> tuple[int, ...]:
-    """num_frames indices spread evenly over total frames, each in the middle of its part: 8 of 32 are 2, 6, ..., 30."""
+    """num_frames indices spread evenly over total, in the middle of equal parts: 8 of 32 are 2, 6, ..., 30."""
     return tuple((2 * i + 1) * total // (2 * num_frames) for i in range(num_frames))
 
 
@@ -42,8 +42,8 @@ def decode_frames(
 ) -> np.ndarray:
     """RGB frames of a clip, scaled and cut.
 
-    All 32 frames are decoded; only those asked for are scaled and converted (swscale, bilinear, BT.601 limited range, one
-    call for both).
+    All 32 frames are decoded; only those asked for are scaled and converted (swscale, bilinear, BT.601
+    limited range, one call for both).
 
     Args:
         video: contents of key.mp4.
@@ -59,9 +59,10 @@ def decode_frames(
         uint8 (T, height, width, 3), RGB.
 
     Raises:
-        BadClip: `decode-error`, or `frame-count` unless there are exactly 32 frames in order, or `frame-size`.
+        BadClip: `decode-error`, `frame-size`, or `frame-count` unless there are exactly 32 frames in order.
     """
-    assert list(frame_indices) == sorted(set(frame_indices)) and set(frame_indices) <= set(range(FRAMES_PER_CLIP))
+    assert list(frame_indices) == sorted(set(frame_indices)), frame_indices
+    assert set(frame_indices) <= set(range(FRAMES_PER_CLIP)), frame_indices
     reformatter = getattr(_per_thread, "reformatter", None)
     if reformatter is None:
         reformatter = _per_thread.reformatter = VideoReformatter()
@@ -90,7 +91,8 @@ def decode_frames(
                     assert 0 <= top <= scaled_height - height and 0 <= left <= scaled_width - width, window
                     if out is None:
                         out = np.empty((len(frame_indices), height, width, 3), dtype=np.uint8)
-                    assert out.shape == (len(frame_indices), height, width, 3) and out.flags.c_contiguous, out.shape
+                    assert out.shape == (len(frame_indices), height, width, 3), out.shape
+                    assert out.flags.c_contiguous
                 elif (frame.width, frame.height) != size:
                     raise BadClip(key, shard, "frame-size")
                 if row is None:
@@ -103,7 +105,8 @@ def decode_frames(
                 )  # fmt: skip
                 plane = image.planes[0]
                 rows = np.frombuffer(plane, np.uint8).reshape(scaled_height, plane.line_size)
-                out[row].reshape(height, 3 * width)[:] = rows[top : top + height, 3 * left : 3 * (left + width)]
+                cut = rows[top : top + height, 3 * left : 3 * (left + width)]
+                out[row].reshape(height, 3 * width)[:] = cut
     except av.error.FFmpegError as error:
         raise BadClip(key, shard, "decode-error") from error
     if count != FRAMES_PER_CLIP:
@@ -121,7 +124,7 @@ def decode_waveform(audio: bytes, *, key: str = "", shard: str = "") -> np.ndarr
         shard: for the error.
 
     Raises:
-        BadClip: `decode-error` when it is no such file, `sample-count` unless there are exactly 24,000 samples.
+        BadClip: `decode-error` if it is no such file, `sample-count` unless there are 24,000 samples.
     """
     try:
         with wave.open(io.BytesIO(audio)) as file:

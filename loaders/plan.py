@@ -1,8 +1,8 @@
 """Which clips make up which batch of an epoch.
 
 The order is one for all ranks and knows nothing of their number: batch k of the epoch is the k-th run of
-global_batch_size clips, and each rank takes its equal part of it. So a run may be stopped at any step and carried on with
-another number of ranks or workers.
+global_batch_size clips, and each rank takes its equal part of it. So a run may be stopped at any step and
+carried on with another number of ranks or workers.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ PADDING = -1
 def slots_of_epoch(epoch: int, num_slots: int, clips_per_video: int = 1) -> tuple[int, ...]:
     """The slot an epoch reads: epoch mod num_slots; with clips_per_video 2 also that of the second clips.
 
-    Choice: the second slot is 1 further on in the first num_slots epochs, 2 further on in the next, and so on, never the
-    first itself: every two seconds of a video meet, not only neighbors.
+    Choice: the second slot is 1 further on in the first num_slots epochs, 2 further on in the next, and so
+    on, never the first itself: every two seconds of a video meet, not only neighbors.
 
     Raises:
         ValueError: two clips per video from one slot.
@@ -30,8 +30,8 @@ def slots_of_epoch(epoch: int, num_slots: int, clips_per_video: int = 1) -> tupl
         return (first,)
     if num_slots < 2:
         raise ValueError(
-            f"loader.clips_per_video is {clips_per_video}, but the shards have {num_slots} slot; make shards with "
-            "--max-clips of at least 2"
+            f"loader.clips_per_video is {clips_per_video}, but the shards have {num_slots} slot; make shards "
+            f"with --max-clips of at least 2"
         )
     distance = 1 + (epoch // num_slots) % (num_slots - 1)
     return first, (first + distance) % num_slots
@@ -57,7 +57,7 @@ class EpochPlan:
     shuffle: bool = True
     """A new order each epoch; off: shards and clips in sequence."""
     shuffle_window: int = 4096
-    """After the shards were permuted, clips are shuffled within runs of this many; 0: in sequence inside a shard."""
+    """After the shards were permuted, clips are shuffled within windows of this many. 0: they are not."""
     drop_last: bool = True
     """Leave out the last, incomplete batch; off: pad it."""
 
@@ -73,7 +73,7 @@ class EpochPlan:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """int64 (num_clips, 2): (shard index, position in the shard) of each clip, in the order they are read."""
+        """int64 (num_clips, 2): (shard index, position in the shard) of each clip, in reading order."""
         num_shards = len(self.clips_per_shard)
         shard_order = np.arange(num_shards, dtype=np.int64)
         if self.shuffle:
@@ -92,7 +92,7 @@ class EpochPlan:
         return order
 
     def batch(self, index: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """int64 (global_batch_size // world_size, 2): the rank's part of a batch; rows of PADDING past the last clip.
+        """int64 (global_batch_size // world_size, 2): the rank's part of a batch; PADDING past the last clip.
 
         Raises:
             ValueError: world_size does not divide global_batch_size.
@@ -114,5 +114,6 @@ def check_world(global_batch_size: int, rank: int, world_size: int) -> None:
         raise ValueError(f"rank {rank} of world_size {world_size}, expected 0 <= rank < world_size")
     if global_batch_size % world_size:
         raise ValueError(
-            f"loader.global_batch_size is {global_batch_size}, expected a multiple of the number of ranks ({world_size})"
+            f"loader.global_batch_size is {global_batch_size}, expected a multiple of the number of ranks "
+            f"({world_size})"
         )

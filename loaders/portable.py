@@ -1,9 +1,10 @@
 """The portable loader: PyAV and torch in worker processes. It needs nothing from the system.
 
-A worker makes whole batches: it reads clips by position, decodes, cuts, mirrors and computes the log-mel, and writes the
-result straight into memory of the training process that the request named.
+A worker makes whole batches: it reads clips by position, decodes, cuts, mirrors and computes the log-mel, and
+writes the result straight into memory of the training process that the request named.
 
-    sampler (training process) -> BatchRequest -> ClipDataset (worker) -> FilledRequest -> [pinned copy] -> ClipBatch
+    sampler (training process) -> BatchRequest -> ClipDataset (worker) -> FilledRequest
+        -> [pinned copy] -> ClipBatch (training process)
 """
 
 import logging
@@ -150,7 +151,13 @@ class FilledRequest:
 
 
 def prepare_clip(
-    raw: RawClip, video: VideoConfig, audio: AudioConfig, seed: int, epoch: int, frames: Tensor, log_mel: Tensor
+    raw: RawClip,
+    video: VideoConfig,
+    audio: AudioConfig,
+    seed: int,
+    epoch: int,
+    frames: Tensor,
+    log_mel: Tensor,
 ) -> ClipAugmentation:
     """Decodes one clip into a row of a batch; returns what was done to it.
 
@@ -194,7 +201,9 @@ def prepare_clip(
 class ClipDataset(Dataset):
     """BatchRequest -> FilledRequest. Lives in the workers, or in the training process with num_workers=0."""
 
-    def __init__(self, shard_paths: list[list[str]], video: VideoConfig, audio: AudioConfig, seed: int) -> None:
+    def __init__(
+        self, shard_paths: list[list[str]], video: VideoConfig, audio: AudioConfig, seed: int
+    ) -> None:
         """shard_paths[slot][i]: path of the i-th shard of a slot."""
         self._shard_paths = shard_paths
         self._video = video
@@ -247,7 +256,8 @@ class ClipDataset(Dataset):
                     )
                     part.clips[row] = raw.info
                 except BadClip as error:
-                    part.bad.append(BadClipRecord(key=part.keys[row], shard=reader.shard, reason=error.reason))
+                    key = part.keys[row]
+                    part.bad.append(BadClipRecord(key=key, shard=reader.shard, reason=error.reason))
             if part.clips[row] is None:
                 frames[row] = round(255 * self._video.mean)
                 log_mel[row] = 0.0
@@ -267,7 +277,13 @@ class _RequestSampler(Sampler):
     """Batch requests of one rank, from a position on and through all later epochs."""
 
     def __init__(
-        self, order: "_Order", rank: int, world_size: int, epoch: int, next_batch: int, pool: BufferPool | None
+        self,
+        order: "_Order",
+        rank: int,
+        world_size: int,
+        epoch: int,
+        next_batch: int,
+        pool: BufferPool | None,
     ) -> None:
         self._order = order
         self._pool = pool
@@ -314,16 +330,16 @@ class _Order:
 class PortableLoader:
     """Batches of one rank; see `loaders.Loader` for the interface.
 
-    `for batch in loader` yields the rest of the current epoch and then moves on to the next one. Worker processes start at
-    the first batch, live through all epochs, and work ahead over the end of an epoch.
+    `for batch in loader` yields the rest of the current epoch and then moves on to the next one. Worker
+    processes start at the first batch, live through all epochs, and work ahead over the end of an epoch.
     """
 
     def __init__(self, config: LoaderConfig, rank: int = 0, world_size: int = 1) -> None:
         """Reads the manifest and checks that every shard is there in its full size.
 
         Raises:
-            ValueError: no manifest, a shard is missing or of another size, world_size does not divide the global batch,
-                fewer clips than one batch, or two clips per video from shards with one slot.
+            ValueError: no manifest, a shard is missing or of another size, world_size does not divide the
+                global batch, fewer clips than one batch, or two clips per video from shards with one slot.
         """
         check_world(config.global_batch_size, rank, world_size)
         self.config = config
@@ -336,8 +352,8 @@ class PortableLoader:
         self._num_batches = count_batches(sum(clips_per_shard), config.global_batch_size, config.drop_last)
         if self._num_batches == 0:
             raise ValueError(
-                f"loader.global_batch_size is {config.global_batch_size}, expected at most {sum(clips_per_shard)}, the "
-                f"clips in a slot of {config.shards}; or use drop_last=False"
+                f"loader.global_batch_size is {config.global_batch_size}, expected at most "
+                f"{sum(clips_per_shard)}, the clips in a slot of {config.shards}; or use drop_last=False"
             )
         self.epoch = 0
         self._next_batch = 0
@@ -355,7 +371,7 @@ class PortableLoader:
 
     @property
     def next_batch(self) -> int:
-        """Index in the epoch of the batch that comes next; len(self) when the epoch's last one was handed out."""
+        """Index in the epoch of the batch that comes next; len(self) after the epoch's last one."""
         return self._next_batch
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -367,13 +383,13 @@ class PortableLoader:
 
         Raises:
             TooManyBadClips: more than max_bad_fraction of the clips seen were bad.
-            RuntimeError: a worker process died or hangs.
+            RuntimeError: a worker process died.
             ValueError: a shard cannot be read any more.
         """
         epoch = self.epoch
         while self.epoch == epoch and self._next_batch < len(self):
             batch = self._take()
-            assert (batch.epoch, batch.step) == (self.epoch, self._next_batch), "workers and position disagree"
+            assert (batch.epoch, batch.step) == (self.epoch, self._next_batch)
             self._next_batch += 1
             self._count(batch)
             yield batch
@@ -383,8 +399,8 @@ class PortableLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, in global batches, and what makes it mean the same again.
 
-        Batches that workers have ready but that were not handed out are not counted. Equal on all ranks that have taken
-        equally many batches, and loadable with another number of ranks or workers.
+        Batches that workers have ready but that were not handed out are not counted. Equal on all ranks that
+        have taken equally many batches, and loadable with another number of ranks or workers.
         """
         return {
             "version": STATE_VERSION,
@@ -397,20 +413,21 @@ class PortableLoader:
         """Go to a saved position; batches already made ready are thrown away.
 
         Raises:
-            ValueError: the state is of another version, or of another order of clips: other shards, seed, global batch
-                size, shuffling, drop_last or clips per video.
+            ValueError: the state is of another version, or of another order of clips: other shards, seed,
+                global batch size, shuffling, drop_last or clips per video.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"loader state has version {state.get('version')}, expected {STATE_VERSION}")
         for name, expected in self._order_fields().items():
             if state.get(name) != expected:
                 raise ValueError(
-                    f"loader state was saved with {name} {state.get(name)!r}, but it is {expected!r} now; resume with the "
-                    f"old value or start a new run"
+                    f"loader state was saved with {name} {state.get(name)!r}, but it is {expected!r} now; "
+                    f"resume with the old value or start a new run"
                 )
         if state["epoch"] < 0 or not 0 <= state["next_batch"] <= len(self):
             raise ValueError(
-                f"loader state is at batch {state['next_batch']} of epoch {state['epoch']}, expected 0 to {len(self)}"
+                f"loader state is at batch {state['next_batch']} of epoch {state['epoch']}, "
+                f"expected 0 to {len(self)}"
             )
         if (self.epoch, self._next_batch) != (state["epoch"], state["next_batch"]):
             self.close()
@@ -445,8 +462,8 @@ class PortableLoader:
                 raise
             codes = ", ".join(f"pid {process.pid}: {_describe_exit(process.exitcode)}" for process in dead)
             raise RuntimeError(
-                f"loader worker died ({codes}) before batch {self._next_batch} of epoch {self.epoch}; if memory ran out, "
-                f"lower loader.num_workers or loader.prefetch_batches"
+                f"loader worker died ({codes}) before batch {self._next_batch} of epoch {self.epoch}; if "
+                f"memory ran out, lower loader.num_workers or loader.prefetch_batches"
             ) from error
         except BaseException:
             # The DataLoader's iterator is not to be used after an error of a worker.
@@ -464,7 +481,9 @@ class PortableLoader:
         if config.num_workers > 0 and BufferPool.is_supported():
             num_clips = config.global_batch_size // self.world_size
             self._pool = BufferPool(self._dataset.layout(num_clips, config.clips_per_video).num_bytes)
-        sampler = _RequestSampler(self._order, self.rank, self.world_size, self.epoch, self._next_batch, self._pool)
+        sampler = _RequestSampler(
+            self._order, self.rank, self.world_size, self.epoch, self._next_batch, self._pool
+        )
         workers = {}
         if config.num_workers > 0:
             workers = {
@@ -503,7 +522,8 @@ class PortableLoader:
             shards = ", ".join(f"{shard} ({count})" for shard, count in self._bad_by_shard.most_common(3))
             raise TooManyBadClips(
                 f"{num_bad} of {self._clips_seen} clips are bad ({reasons}), expected at most {allowed:.2%} "
-                f"(loader.max_bad_fraction); most are in {shards}; run tools/check_shards.py on {self.config.shards}"
+                f"(loader.max_bad_fraction); most are in {shards}; run tools/check_shards.py on "
+                f"{self.config.shards}"
             )
 
 
@@ -518,12 +538,13 @@ def _check_shards(folder: str, manifest: Manifest) -> tuple[list[list[str]], lis
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(
-                    f"{path} {found}, expected {shard.bytes} bytes by its manifest; copy it again or re-run make_shards"
+                    f"{path} {found}, expected {shard.bytes} bytes by its manifest; copy it again or re-run "
+                    f"make_shards"
                 )
         paths.append([os.path.join(folder, shard.name) for shard in shards])
         layout.append([(shard.index, shard.num_clips) for shard in shards])
     if not layout or not layout[0] or any(slot_layout != layout[0] for slot_layout in layout):
-        raise ValueError(f"{folder}: the slots do not hold the same videos shard by shard; re-run make_shards")
+        raise ValueError(f"{folder}: slots do not hold the same videos shard by shard; re-run make_shards")
     return paths, [num_clips for _, num_clips in layout[0]]
 
 
@@ -533,7 +554,7 @@ def _as_is(filled: FilledRequest) -> FilledRequest:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch computes in one thread inside: the tensors of one clip are too small to share out, and bits stay the same."""
+    """Inside, torch computes in one thread: what one clip needs is too small to share out."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -545,9 +566,9 @@ def _one_thread() -> Iterator[None]:
 def _worker_context() -> Any:
     """How workers are started.
 
-    Choice: forkserver. A fork of the training process would copy the locks of its CUDA and collective threads in
-    whatever state they are; spawn imports torch anew in each worker (more than a second of CPU time each), forkserver once
-    for all of them.
+    Choice: forkserver. A fork of the training process would copy the locks of its CUDA and collective threads
+    in whatever state they are; spawn imports torch anew in each worker (more than a second of CPU time each),
+    forkserver once for all of them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["loaders.portable"])
@@ -571,7 +592,7 @@ def _without_main_module() -> Iterator[None]:
 def _start_worker(worker: int) -> None:
     """Runs first in each worker: one thread for torch, and a watch on the training process."""
     torch.set_num_threads(1)
-    # torch's own watchdog looks at the parent process, which here is the fork server: it lives as long as its children.
+    # torch's own watchdog looks at the parent process: here the fork server, which lives as long as they do.
     threading.Thread(target=_exit_with_parent, daemon=True, name="loader-parent-watch").start()
 
 

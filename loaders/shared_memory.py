@@ -1,8 +1,9 @@
 """Memory that the training process lends to its workers and gets back filled.
 
-A batch that a worker puts into fresh shared memory costs more in page faults (about 1.3 ms per clip) than anything but the
-decoding. These buffers are used again and again: their pages are there already. They are anonymous files (memfd): nothing
-is left behind when a process is killed, and the size of /dev/shm (64 MB in a container by default) does not matter.
+A batch that a worker puts into fresh shared memory costs more in page faults (about 1.3 ms per clip) than
+anything but the decoding. These buffers are used again and again: their pages are there already. They are
+anonymous files (memfd): nothing is left behind when a process is killed, and the size of /dev/shm (64 MB in a
+container by default) does not matter.
 """
 
 import itertools
@@ -76,7 +77,7 @@ class BufferPool:
         self._free.append(buffer)
 
     def lend(self, buffer: SharedBuffer) -> np.ndarray:
-        """uint8 (num_bytes,): the buffer's memory; taken back when this array and all that share its memory are gone."""
+        """uint8 (num_bytes,): the buffer's memory; taken back when all arrays and tensors on it are gone."""
         memory = buffer.open()
         weakref.finalize(memory, self._free.append, buffer).atexit = False
         return memory

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def normalize_frames(
-    frames: Tensor, mean: float | Sequence[float], std: float | Sequence[float], dtype: torch.dtype = torch.float32
+    frames: Tensor,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(frames / 255 - mean) / std, in the memory layout of frames.
 
@@ -41,7 +44,9 @@ def crop_frames(frames: Tensor, top: int, left: int, size: int) -> Tensor:
     """
     height, width = frames.shape[-3:-1]
     if top < 0 or left < 0 or top + size > height or left + size > width:
-        raise ValueError(f"crop of {size} at row {top}, column {left} of {width}x{height} frames, expected it inside")
+        raise ValueError(
+            f"crop of {size} at row {top}, column {left} of {width}x{height} frames, expected it inside"
+        )
     return frames[..., top : top + size, left : left + size, :]
 
 
@@ -51,9 +56,13 @@ def flip_frames(frames: Tensor) -> Tensor:
 
 
 def color_jitter(
-    frames: Tensor, order: Sequence[str], brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0
+    frames: Tensor,
+    order: Sequence[str],
+    brightness: float = 1.0,
+    contrast: float = 1.0,
+    saturation: float = 1.0,
 ) -> Tensor:
-    """Copy of frames with brightness, contrast and saturation changed in the given order, alike in all frames.
+    """Copy of frames with brightness, contrast and saturation changed in this order, alike in all frames.
 
     With x in [0, 255] and grey(x) = 0.299 R + 0.587 G + 0.114 B:
 
@@ -63,11 +72,13 @@ def color_jitter(
 
     clamp is to [0, 255]; float32 in between, rounded to nearest once at the end.
 
-    Choice: the mean of contrast is that of each frame, as torchvision and the SlowFast family have it, not of the clip.
+    Choice: the mean of contrast is that of each frame, as torchvision and the SlowFast family have it, not of
+    the clip.
 
     Args:
         frames: uint8 (T, H, W, 3), RGB.
-        order: which of "brightness", "contrast", "saturation", in which order; those left out are not applied.
+        order: which of "brightness", "contrast", "saturation", in which order; those left out are not
+            applied.
         brightness: b; 1 changes nothing.
         contrast: c, likewise.
         saturation: s, likewise.

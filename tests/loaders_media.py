@@ -18,7 +18,7 @@ SIZES = ((192, 144), (144, 144), (144, 192))
 
 
 def picture(width: int, height: int, step: int) -> np.ndarray:
-    """uint8 (height, width, 3): smooth colors that differ left from right, top from bottom, and from step to step."""
+    """uint8 (height, width, 3): red grows to the right, green downwards, blue with the step."""
     y, x = np.mgrid[:height, :width]
     red = 255 * x / (width - 1)
     green = 255 * y / (height - 1)
@@ -63,9 +63,13 @@ def encode_audio(waveform: np.ndarray) -> bytes:
 
 
 def write_shards(
-    folder: Path, clips_per_shard: list[int], num_slots: int = 2, broken: dict[tuple[int, int], str] | None = None
+    folder: Path,
+    clips_per_shard: list[int],
+    num_slots: int = 2,
+    broken: dict[tuple[int, int], str] | None = None,
 ) -> Manifest:
-    """Shards of sum(clips_per_shard) videos. broken: (slot, video) -> "video" (undecodable), "short" (31 frames)."""
+    """Shards of sum(clips_per_shard) videos. broken: (slot, video) -> "video" (undecodable), "short" (31
+    frames)."""
     broken = broken or {}
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -80,7 +84,8 @@ def write_shards(
                     if kind == "video":
                         frames = frames[: len(frames) // 2]
                     sound = encode_audio(tone(200 + 100 * (video % 50) + 50 * slot))
-                    writer.write(clip_info(f"{video:05d}.mp4", slot, width, height, frames, sound), frames, sound)
+                    info = clip_info(f"{video:05d}.mp4", slot, width, height, frames, sound)
+                    writer.write(info, frames, sound)
                     video += 1
             entries.append(writer.entry)
     manifest = Manifest(

@@ -76,7 +76,7 @@ def test_window_0_reads_shards_in_sequence_in_a_random_order():
     plan = EpochPlan(clips_per_shard=[5] * 20, seed=0, epoch=0, global_batch_size=5, shuffle_window=0)
     shards = plan.order[::5, 0].tolist()
     assert sorted(shards) == list(range(20)) and shards != list(range(20))
-    assert all(plan.order[i : i + 5].tolist() == [[shards[i // 5], p] for p in range(5)] for i in range(0, 100, 5))
+    assert plan.order.tolist() == [[shard, position] for shard in shards for position in range(5)]
 
 
 def test_clips_stay_within_their_window():
@@ -84,14 +84,15 @@ def test_clips_stay_within_their_window():
     sequence = EpochPlan(**fields, shuffle_window=0).order.tolist()
     shuffled = EpochPlan(**fields, shuffle_window=25).order.tolist()
     for start in range(0, 100, 25):
-        window = shuffled[start : start + 25]
-        assert sorted(window) == sorted(sequence[start : start + 25]) and window != sequence[start : start + 25]
+        window, before = shuffled[start : start + 25], sequence[start : start + 25]
+        assert sorted(window) == sorted(before) and window != before
 
 
 def test_padding_fills_the_last_batch():
     plan = EpochPlan(clips_per_shard=[5], seed=0, epoch=0, global_batch_size=4, drop_last=False)
     assert plan.num_batches == 2
-    assert plan.batch(1, 0, 2)[:, 0].tolist() == [0, PADDING] and plan.batch(1, 1, 2)[:, 0].tolist() == [PADDING] * 2
+    assert plan.batch(1, 0, 2)[:, 0].tolist() == [0, PADDING]
+    assert plan.batch(1, 1, 2)[:, 0].tolist() == [PADDING] * 2
 
 
 def test_epoch_reads_slot_epoch_mod_slots():
@@ -100,14 +101,15 @@ def test_epoch_reads_slot_epoch_mod_slots():
 
 def test_second_clips_come_from_every_other_slot_in_turn():
     pairs = [slots_of_epoch(epoch, 4, 2) for epoch in range(12)]
-    assert len(set(pairs)) == 12 and all(first == epoch % 4 != second for epoch, (first, second) in enumerate(pairs))
+    assert len(set(pairs)) == 12
+    assert all(first == epoch % 4 != second for epoch, (first, second) in enumerate(pairs))
     with pytest.raises(ValueError, match="loader.clips_per_video is 2, but the shards have 1 slot"):
         slots_of_epoch(0, 1, 2)
 
 
 def test_uneven_ranks_are_refused():
     plan = EpochPlan(clips_per_shard=[50], seed=0, epoch=0, global_batch_size=10)
-    with pytest.raises(ValueError, match=r"loader.global_batch_size is 10, expected a multiple of the number of ranks \(4\)"):
+    with pytest.raises(ValueError, match=r"global_batch_size is 10, expected a multiple of .* ranks \(4\)"):
         plan.batch(0, 0, 4)
     with pytest.raises(ValueError, match="rank 2 of world_size 2"):
         plan.batch(0, 2, 2)

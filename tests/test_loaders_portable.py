@@ -102,7 +102,8 @@ def every_raw_clip(folder: Path, slot: int):
 
 
 def test_without_augmentation_rows_do_not_depend_on_the_epoch(shards):
-    still = config(shards, video=replace(SMALL, augment=False), audio=AudioConfig(augment=False), shuffle=False)
+    video, audio = replace(SMALL, augment=False), AudioConfig(augment=False)
+    still = config(shards, video=video, audio=audio, shuffle=False)
     loader = build_loader(still)
     first = take(loader, len(loader))
     again = take(loader, 2 * len(loader))[len(loader) :]  # epoch 2 reads slot 0 again
@@ -158,11 +159,11 @@ def test_second_clips_are_of_the_same_videos_and_another_slot(shards):
 
 def test_batches_are_the_same_for_any_number_of_workers(shards):
     batches = {}
-    for num_workers in (0, 1, 3):
+    for num_workers in (0, 1, 2):
         loader = build_loader(config(shards, num_workers=num_workers, clips_per_video=2, seed=11))
         batches[num_workers] = take(loader, 9)  # into the second epoch
         loader.close()
-    for num_workers in (1, 3):
+    for num_workers in (1, 2):
         for a, b in zip(batches[0], batches[num_workers]):
             assert_equal(a, b)
 
@@ -270,7 +271,8 @@ def test_a_bad_second_clip_leaves_the_first_valid(tmp_path):
     loader = build_loader(config(tmp_path, global_batch_size=4, clips_per_video=2))
     batch = next(iter(loader))
     assert batch.valid.all() and batch.bad == () and batch.second.valid.sum() == 3
-    assert [record.reason for record in batch.second.bad] == ["decode-error"] and loader.bad_clips.total() == 1
+    assert [record.reason for record in batch.second.bad] == ["decode-error"]
+    assert loader.bad_clips == {"decode-error": 1}
 
 
 def test_too_many_bad_clips_stop_the_loader_by_name(tmp_path):
@@ -280,8 +282,10 @@ def test_too_many_bad_clips_stop_the_loader_by_name(tmp_path):
     with pytest.raises(TooManyBadClips) as caught:
         for _ in loader:
             pass
-    assert "clips are bad (decode-error " in str(caught.value)
-    assert "expected at most 4.00% (loader.max_bad_fraction); most are in train-slot00-000000.tar" in str(caught.value)
+    message = str(caught.value)
+    assert "clips are bad (decode-error " in message
+    assert "expected at most 4.00% (loader.max_bad_fraction)" in message
+    assert "most are in train-slot00-000000.tar" in message
     assert loader.next_batch >= 10  # not judged on fewer than 100 clips
     tolerant = build_loader(config(tmp_path, global_batch_size=10, max_bad_fraction=0.06))
     assert len(list(tolerant)) == 12 and tolerant.bad_clips == {"decode-error": 6}
@@ -297,7 +301,7 @@ def test_missing_cut_and_too_few_shards_are_refused_at_once(shards, tmp_path):
         build_loader(config(tmp_path, clips_per_video=2))
     tar = tmp_path / "train-slot00-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
-    with pytest.raises(ValueError, match=r"train-slot00-000001.tar has \d+ bytes, expected \d+ bytes by its manifest"):
+    with pytest.raises(ValueError, match=r"000001.tar has \d+ bytes, expected \d+ bytes by its manifest"):
         build_loader(config(tmp_path))
     tar.unlink()
     with pytest.raises(ValueError, match="train-slot00-000001.tar is missing"):
@@ -305,7 +309,7 @@ def test_missing_cut_and_too_few_shards_are_refused_at_once(shards, tmp_path):
 
 
 def test_uneven_ranks_are_refused_at_once(shards):
-    with pytest.raises(ValueError, match=r"loader.global_batch_size is 6, expected a multiple of the number of ranks \(4\)"):
+    with pytest.raises(ValueError, match=r"global_batch_size is 6, expected a multiple of .* ranks \(4\)"):
         build_loader(config(shards), 0, 4)
 
 
@@ -322,7 +326,7 @@ def test_dead_worker_is_named(shards):
     batches = iter(loader)
     next(batches)
     os.kill(loader._processes[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"loader worker died \(pid \d+: killed by signal 9\) before batch \d"):
+    with pytest.raises(RuntimeError, match=r"worker died \(pid \d+: killed by signal 9\) before batch \d"):
         for _ in batches:
             pass
 
@@ -368,9 +372,10 @@ def test_buffers_are_used_again(shards):
 
 def test_pinned_copy_is_the_batch_and_frees_the_buffer(shards, monkeypatch):
     # As on a machine with a GPU, where the DataLoader's thread calls pin_memory; here it only copies.
-    monkeypatch.setattr(
-        ClipBatch, "pin_memory", lambda batch: replace(batch, frames=batch.frames.clone(), log_mel=batch.log_mel.clone())
-    )
+    def copied(batch: ClipBatch) -> ClipBatch:
+        return replace(batch, frames=batch.frames.clone(), log_mel=batch.log_mel.clone())
+
+    monkeypatch.setattr(ClipBatch, "pin_memory", copied)
     loader = build_loader(config(shards, num_workers=1, prefetch_batches=1))
     expected = take(build_loader(config(shards)), 3)
     take(loader, 1)

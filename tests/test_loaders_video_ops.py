@@ -43,12 +43,14 @@ def test_flip_mirrors_columns_and_twice_is_nothing():
 
 
 def test_brightness_multiplies_and_clamps():
-    assert color_jitter(constant(100, 200, 51), ["brightness"], brightness=1.5)[0, 0, 0].tolist() == [150, 255, 76]
+    result = color_jitter(constant(100, 200, 51), ["brightness"], brightness=1.5)
+    assert result[0, 0, 0].tolist() == [150, 255, 76]  # 76.5 is rounded to even
 
 
 def test_saturation_0_is_grey():
     grey = round(0.299 * 100 + 0.587 * 200 + 0.114 * 50)
-    assert color_jitter(constant(100, 200, 50), ["saturation"], saturation=0.0)[1, 2, 3].tolist() == [grey] * 3
+    result = color_jitter(constant(100, 200, 50), ["saturation"], saturation=0.0)
+    assert result[1, 2, 3].tolist() == [grey] * 3
 
 
 def test_contrast_pulls_towards_the_mean_of_the_frame():
@@ -69,7 +71,9 @@ def test_equal_frames_stay_equal():
     assert (result == result[:1]).all() and result.is_contiguous()
 
 
-@pytest.mark.parametrize("order", [("brightness", "contrast", "saturation"), ("saturation", "contrast", "brightness")])
+@pytest.mark.parametrize(
+    "order", [("brightness", "contrast", "saturation"), ("saturation", "contrast", "brightness")]
+)
 def test_jitter_agrees_with_torchvision(order):
     functional = pytest.importorskip("torchvision.transforms.functional")
     factors = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.35}
@@ -82,5 +86,5 @@ def test_jitter_agrees_with_torchvision(order):
 
 
 def test_unknown_operation_is_refused():
-    with pytest.raises(ValueError, match="color operation is 'hue', expected brightness, contrast or saturation"):
+    with pytest.raises(ValueError, match="color operation is 'hue', expected brightness, contrast"):
         color_jitter(NOISE, ["hue"])
