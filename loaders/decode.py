@@ -25,7 +25,7 @@ _per_thread = threading.local()
 
 
 def uniform_frame_indices(num_frames: int, total: int = FRAMES_PER_CLIP) -> tuple[int, ...]:
-    """num_frames indices spread evenly over total, in the middle of equal parts: 8 of 32 are 2, 6, ..., 30."""
+    """num_frames indices, each in the middle of its part of total: 8 of 32 are 2, 6, ..., 30."""
     return tuple((2 * i + 1) * total // (2 * num_frames) for i in range(num_frames))
 
 
