@@ -1,0 +1,289 @@
+"""Is a folder of shards whole, and what is in it: verification against the manifest, statistics, a contact sheet."""
+
+import hashlib
+import io
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from shards.manifest import Manifest, ShardEntry, read_manifest
+from shards.reader import RawClip, ShardReader
+from shards.schema import FRAME_SIZES, FRAMES_PER_CLIP, MEMBER_SUFFIXES, WAV_HEADER, BadClip, shard_stem
+from shards.slicing import decoded_frames, loudness_dbfs
+
+HASH_BYTES = 1 << 20
+MAX_PROBLEMS_PER_SHARD = 20
+THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT, WAVE_HEIGHT = 192, 144, 24
+"""Pixels of one clip on the contact sheet: its picture and, below, its waveform."""
+
+
+@dataclass(kw_only=True)
+class ShardStatistics:
+    """Counts over the clips that were read."""
+
+    num_clips: int = 0
+    num_distinct_clips: int = 0
+    num_videos: int = 0
+    video_bytes: int = 0
+    audio_bytes: int = 0
+    frame_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    source_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    """Videos by label."""
+    seconds_per_video: Counter[int] = field(default_factory=Counter)
+    """Videos by number of different seconds."""
+    loudness_dbfs: list[float] = field(default_factory=list)
+    source_fps: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class CheckResult:
+    """What a check found."""
+
+    manifest: Manifest
+    problems: list[str]
+    """Empty if the folder is what the manifest says."""
+    statistics: ShardStatistics
+
+
+def check_shards(
+    folder: str | os.PathLike,
+    decode: bool = False,
+    on_shard: Callable[[ShardEntry], None] | None = None,
+) -> CheckResult:
+    """Compare every shard with the manifest, every member with its checksum, and slots with each other.
+
+    Args:
+        decode: decode the video of every clip, too (checksums already tell that it is what was decoded when written).
+        on_shard: called after each shard.
+
+    Raises:
+        ValueError: there is no manifest, or it cannot be read.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems: list[str] = []
+    statistics = ShardStatistics()
+    expected = {entry.name for entry in manifest.shards}
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in expected:
+            problems.append(f"{path.name}: not in the manifest; delete it, or make the shards again")
+    videos_of: dict[int, dict[int, list[str]]] = {}
+    starts: dict[str, set[float]] = {}
+    label_of: dict[str, str | None] = {}
+    for entry in manifest.shards:
+        found = _check_shard(folder, entry, manifest, decode, statistics, starts, label_of)
+        problems += found.problems[:MAX_PROBLEMS_PER_SHARD]
+        if len(found.problems) > MAX_PROBLEMS_PER_SHARD:
+            problems.append(f"{entry.name}: {len(found.problems) - MAX_PROBLEMS_PER_SHARD} more problems")
+        videos_of.setdefault(entry.index, {})[entry.slot] = found.video_ids
+        if on_shard is not None:
+            on_shard(entry)
+    problems += _check_slots(manifest, videos_of)
+    statistics.num_videos = len(starts)
+    statistics.num_distinct_clips = sum(map(len, starts.values()))
+    statistics.seconds_per_video = Counter(map(len, starts.values()))
+    statistics.labels = Counter(label for label in label_of.values() if label is not None)
+    for name, value in (
+        ("num_clips", statistics.num_clips),
+        ("num_videos", statistics.num_videos),
+        ("num_distinct_clips", statistics.num_distinct_clips),
+        ("num_bytes", sum(entry.bytes for entry in manifest.shards)),
+    ):
+        if getattr(manifest, name) != value:
+            problems.append(f"manifest.json: {name} is {getattr(manifest, name)}, the shards have {value}")
+    return CheckResult(manifest=manifest, problems=problems, statistics=statistics)
+
+
+@dataclass(kw_only=True)
+class _Found:
+    problems: list[str] = field(default_factory=list)
+    video_ids: list[str] = field(default_factory=list)
+
+
+def _check_shard(
+    folder: Path,
+    entry: ShardEntry,
+    manifest: Manifest,
+    decode: bool,
+    statistics: ShardStatistics,
+    starts: dict[str, set[float]],
+    label_of: dict[str, str | None],
+) -> _Found:
+    found = _Found()
+    path = folder / entry.name
+
+    def problem(text: str) -> None:
+        found.problems.append(f"{entry.name}: {text}")
+
+    if path.stem != shard_stem(manifest.split, entry.slot, entry.index):
+        problem(f"name does not fit split {manifest.split!r}, slot {entry.slot}, index {entry.index}")
+    if not path.exists():
+        problem("no such file; copy it again or make the shards again")
+        return found
+    size = path.stat().st_size
+    if size != entry.bytes:
+        problem(f"{size} bytes, expected {entry.bytes}; copy it again or make the shards again")
+    if _sha256(path) != entry.sha256:
+        problem("SHA-256 differs from the manifest; copy it again or make the shards again")
+    try:
+        reader = ShardReader(path)
+    except ValueError as error:
+        problem(str(error))
+        return found
+    with reader:
+        if len(reader) != entry.num_clips:
+            problem(f"{len(reader)} clips by its index, expected {entry.num_clips}")
+        names = [f"{reader.key(position)}.{suffix}" for position in range(len(reader)) for suffix in MEMBER_SUFFIXES]
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = [member.name for member in tar]
+            if members != names:
+                problem(f"its {len(members)} members are not those of its index ({len(names)})")
+        except tarfile.TarError as error:
+            problem(f"not a whole tar ({error})")
+        keys = set()
+        for position in range(len(reader)):
+            try:
+                clip = reader.read(position)
+            except BadClip as error:
+                problem(f"clip {error.key}: {error.reason}")
+                continue
+            info = clip.info
+            if info.key in keys:
+                problem(f"clip {info.key}: twice")
+            keys.add(info.key)
+            if info.slot != entry.slot or not info.key.endswith(f"_{entry.slot:02d}"):
+                problem(f"clip {info.key}: of slot {info.slot}, expected {entry.slot}")
+            if (info.frame_width, info.frame_height) not in FRAME_SIZES:
+                problem(f"clip {info.key}: frame size {info.frame_width}x{info.frame_height} is not one of the schema")
+            if decode:
+                sizes = decoded_frames(clip.video)
+                if sizes != [(info.frame_width, info.frame_height)] * FRAMES_PER_CLIP:
+                    problem(f"clip {info.key}: {len(sizes)} frames decode, of sizes {sorted(set(sizes))}")
+                samples = waveform(clip)
+                if abs(loudness_dbfs(samples) - info.loudness_dbfs) > 0.02:
+                    problem(f"clip {info.key}: loudness {loudness_dbfs(samples)}, key.json has {info.loudness_dbfs}")
+            found.video_ids.append(info.video_id)
+            starts.setdefault(info.video_id, set()).add(info.start_seconds)
+            label_of[info.video_id] = info.label
+            statistics.num_clips += 1
+            statistics.video_bytes += len(clip.video)
+            statistics.audio_bytes += len(clip.audio)
+            statistics.frame_sizes[info.frame_width, info.frame_height] += 1
+            statistics.source_sizes[info.source_width, info.source_height] += 1
+            statistics.loudness_dbfs.append(info.loudness_dbfs)
+            statistics.source_fps.append(info.source_fps)
+    return found
+
+
+def _check_slots(manifest: Manifest, videos_of: dict[int, dict[int, list[str]]]) -> list[str]:
+    """Every slot has each video once, and equal indices the same videos in the same order."""
+    problems = []
+    seen: Counter[str] = Counter()
+    for index, by_slot in sorted(videos_of.items()):
+        if sorted(by_slot) != list(range(manifest.num_slots)):
+            problems.append(f"index {index}: slots {sorted(by_slot)}, expected 0 to {manifest.num_slots - 1}")
+        first = by_slot[min(by_slot)]
+        seen.update(first)
+        for slot, ids in sorted(by_slot.items()):
+            if ids != first:
+                problems.append(f"index {index}: slot {slot} does not hold the videos of slot {min(by_slot)} in order")
+    repeated = [name for name, count in seen.items() if count > 1]
+    if repeated:
+        problems.append(f"{len(repeated)} videos are in a slot more than once, for example {repeated[0]!r}")
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(HASH_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def waveform(clip: RawClip) -> np.ndarray:
+    """Samples of `key.wav`, int16."""
+    return np.frombuffer(clip.audio[len(WAV_HEADER) :], "<i2")
+
+
+def spread_clips(folder: str | os.PathLike, manifest: Manifest, num_clips: int, slot: int = 0) -> Iterator[RawClip]:
+    """About `num_clips` clips of one slot, evenly spread over it; damaged ones are left out."""
+    shards = manifest.slot_shards(slot)
+    total = sum(shard.num_clips for shard in shards)
+    wanted = {total * number // num_clips for number in range(min(num_clips, total))} if total > num_clips else None
+    first = 0
+    for shard in shards:
+        chosen = [p for p in range(shard.num_clips) if wanted is None or first + p in wanted]
+        first += shard.num_clips
+        if not chosen:
+            continue
+        try:
+            reader = ShardReader(Path(folder) / shard.name)
+        except ValueError:
+            continue
+        with reader:
+            for position in chosen:
+                try:
+                    yield reader.read(position)
+                except (BadClip, IndexError):
+                    continue
+
+
+def write_contact_sheet(
+    path: str | os.PathLike, folder: str | os.PathLike, manifest: Manifest, num_clips: int = 48, columns: int = 8
+) -> int:
+    """Write a PNG with the middle frame and the waveform of some clips; returns how many.
+
+    Raises:
+        ValueError: no clip can be read.
+    """
+    tiles = [_tile(clip) for clip in spread_clips(folder, manifest, num_clips)]
+    if not tiles:
+        raise ValueError(f"{folder}: no clip can be read, expected at least one for the contact sheet")
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    height = THUMBNAIL_HEIGHT + WAVE_HEIGHT
+    sheet = Image.new("RGB", (columns * (THUMBNAIL_WIDTH + 4) + 4, rows * (height + 4) + 4), "white")
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        sheet.paste(tile, (4 + column * (THUMBNAIL_WIDTH + 4), 4 + row * (height + 4)))
+    sheet.save(path, format="PNG")
+    return len(tiles)
+
+
+def _tile(clip: RawClip) -> Image.Image:
+    tile = Image.new("RGB", (THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT + WAVE_HEIGHT), (235, 235, 235))
+    picture = middle_frame(clip.video)
+    draw = ImageDraw.Draw(tile)
+    if picture is None:
+        draw.text((8, 8), f"{clip.info.key}\ndoes not decode", fill="red")
+    else:
+        picture.thumbnail((THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT))
+        tile.paste(picture, ((THUMBNAIL_WIDTH - picture.width) // 2, (THUMBNAIL_HEIGHT - picture.height) // 2))
+    samples = waveform(clip).astype(np.float32)
+    peaks = np.abs(samples[: len(samples) // THUMBNAIL_WIDTH * THUMBNAIL_WIDTH]).reshape(THUMBNAIL_WIDTH, -1).max(1)
+    middle = THUMBNAIL_HEIGHT + WAVE_HEIGHT / 2
+    for x, peak in enumerate(peaks / 32768 * WAVE_HEIGHT / 2):
+        draw.line([(x, middle - peak), (x, middle + peak)], fill=(40, 80, 160))
+    return tile
+
+
+def middle_frame(video: bytes) -> Image.Image | None:
+    """Frame 16 of a clip as an RGB picture; None if it does not decode."""
+    try:
+        with av.open(io.BytesIO(video), format="mp4") as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number == FRAMES_PER_CLIP // 2:
+                    return frame.to_image()
+    except (av.error.FFmpegError, IndexError):
+        pass
+    return None
