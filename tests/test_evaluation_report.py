@@ -252,6 +252,27 @@ def test_page_says_figures_beside_chance_and_both_losses_apart(built):
     assert "at chance" in text
 
 
+def test_names_that_are_not_utf8_are_shown_with_question_marks(tmp_path):
+    clips = made_up_clips(with_truth=False)
+    for info in clips.clips:
+        info.video_id = "caf\udce9.mp4"  # a Latin-1 file name as the file system gives it
+    evaluation = world.evaluate_clips(clips, AudioConfig(), seed=0)
+    demo.write_text(tmp_path / "page.html", report.describe(evaluation, 0))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "caf?.mp4 at 0.0 s"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_bad_clips_are_told():
+    clips = made_up_clips()
+    clips.num_bad = 3
+    evaluation = world.evaluate_clips(clips, AudioConfig(), seed=0)
+    metrics = demo.build_metrics(evaluation, [], kind="world", training_clips=False, commit=None)
+    context = report.ReportContext(title="t", date="d", facts=[], training_clips=False, has_truth=True)
+    page, _ = report.build_report(evaluation, metrics, [], context, AudioConfig(), media)
+    assert metrics["num_bad_clips"] == 3 and "3 clips could not be read" in page
+    assert "Nothing was logged" in page  # no log, no curves, still a page
+
+
 def data_uris(html: str, media_type: str) -> list[bytes]:
     found = re.findall(rf"data:{media_type};base64,([A-Za-z0-9+/=]+)", html)
     return [base64.b64decode(content, validate=True) for content in found]

@@ -10,6 +10,7 @@ retrieval is measured and the report shows the maps.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -175,16 +176,18 @@ def evaluate(args: argparse.Namespace) -> Path:
     trained, untrained, config, origin = load_models(args.run, args.seed, device)
     manifest = read_manifest(args.shards_test)
     loader_config = evaluation_loader_config(config.loader, args.shards_test, args.batch_size, args.workers)
-    evaluation = evaluate_world(
-        trained,
-        untrained,
-        read_slots(loader_config, manifest.num_slots),
-        config.loader.audio,
-        world=args.world,
-        num_retrieval_clips=args.retrieval_clips,
-        device=device,
-        seed=args.seed,
-    )
+    # Closed here, so that the loader's processes end also when not all slots are needed.
+    with contextlib.closing(read_slots(loader_config, manifest.num_slots)) as batches:
+        evaluation = evaluate_world(
+            trained,
+            untrained,
+            batches,
+            config.loader.audio,
+            world=args.world,
+            num_retrieval_clips=args.retrieval_clips,
+            device=device,
+            seed=args.seed,
+        )
     rows = read_log(args.run / "log.jsonl")
     metrics = build_metrics(
         evaluation,

@@ -84,6 +84,7 @@ def build_metrics(
         "kind": kind,
         "evaluated_on_training_clips": training_clips,
         "num_clips_read": evaluation.clips.num_clips,
+        "num_bad_clips": evaluation.clips.num_bad,
         "num_clips_with_sounding_object_in_sight": evaluation.num_placed,
         "retrieval_gallery": len(evaluation.retrieval_rows),
         "commit": commit,
@@ -93,10 +94,11 @@ def build_metrics(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the file whole or not at all: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Writes the file in UTF-8, whole or not at all: a reader never sees half of it.
+
+    A name of a file that is not UTF-8 (it reached us with surrogate escapes) is shown with question marks.
+    """
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

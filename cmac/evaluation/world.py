@@ -15,7 +15,7 @@ from cmac.evaluation import boxes as box_ops
 from cmac.evaluation import localisation
 from cmac.evaluation.intervals import bootstrap_interval
 from cmac.evaluation.retrieval import retrieval_ranks
-from cmac.evaluation.truth import Truth, find_truth
+from cmac.evaluation.truth import Truth, TruthObject, find_truth
 from loaders.config import AudioConfig
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class ClipSet:
     """What was done to each clip (a `ClipAugmentation`)."""
     truths: list[Truth | None] = field(default_factory=list)
     """Ground truth of each clip's video, None where there is none."""
+    num_bad: int = 0
+    """Clips that could not be read or decoded; they are in no figure."""
     log_mel: Tensor | None = None
     """float16 (N, F, S): for pictures."""
     encoded: dict[str, EncodedClips] = field(default_factory=dict)
@@ -104,6 +106,7 @@ def encode_clips(
         if epoch is not None and batch.epoch != epoch and enough is not None and enough(result):
             break
         epoch = batch.epoch
+        result.num_bad += len(batch.bad)
         rows = []
         for row, info in enumerate(batch.clips):
             # A video with fewer seconds than there are slots comes again with the same second.
@@ -148,22 +151,22 @@ class PlacedClip:
     """(T', 4) each: the silent objects that are visible."""
 
 
+def _boxes_in_crop(item: TruthObject, source_fps: float, info: ClipInfo, crop: Crop, num_steps: int) -> np.ndarray:
+    """(num_steps, 4): an object's mean box at each step of a map, in pixels of the network's input."""
+    source = box_ops.object_boxes_in_clip(item, source_fps, info.start_seconds)
+    return box_ops.boxes_per_step(box_ops.map_boxes_to_crop(source, info, crop), num_steps)
+
+
 def place_clips(clips: ClipSet, num_steps: int) -> list[PlacedClip]:
     """The clips with an on-screen sounding object of which at least MIN_VISIBLE lies in the crop, in reading order."""
     placed = []
     for index, (info, crop, truth) in enumerate(zip(clips.clips, clips.crops, clips.truths, strict=True)):
         if truth is None or truth.sounding is None:
             continue
-
-        def in_crop(item: Any, info: ClipInfo = info, crop: Crop = crop, fps: float = truth.fps) -> np.ndarray:
-            source = box_ops.object_boxes_in_clip(item, fps, info.start_seconds)
-            mapped = box_ops.map_boxes_to_crop(source, info, crop)
-            return box_ops.boxes_per_step(mapped, num_steps)
-
-        sounding = in_crop(truth.sounding)
+        sounding = _boxes_in_crop(truth.sounding, truth.fps, info, crop, num_steps)
         if box_ops.visible_share(sounding, crop.crop_size) < MIN_VISIBLE:
             continue
-        silent = [in_crop(item) for item in truth.silent]
+        silent = [_boxes_in_crop(item, truth.fps, info, crop, num_steps) for item in truth.silent]
         silent = [boxes for boxes in silent if box_ops.visible_share(boxes, crop.crop_size) >= MIN_VISIBLE]
         placed.append(PlacedClip(index=index, truth=truth, sounding=sounding, silent=silent))
     return placed
