@@ -83,7 +83,8 @@ def test_mapped_box_is_where_the_object_is_in_the_loaded_frames(rectangle_shards
         for batch in loader:
             info, crop = batch.clips[0], batch.augmentations[0]
             flips.add(crop.flip)
-            mapped = boxes.map_boxes_to_crop(boxes.object_boxes_in_clip(truth, FPS, info.start_seconds), info, crop)
+            source = boxes.object_boxes_in_clip(truth, FPS, info.start_seconds)
+            mapped = boxes.map_boxes_to_crop(source, info, crop)
             white = batch.frames[0].float().mean(dim=0).numpy() > 127  # (T, H, W)
             for picture, box in zip(white, mapped, strict=True):
                 rows, columns = picture.any(axis=1).nonzero()[0], picture.any(axis=0).nonzero()[0]
@@ -112,7 +113,8 @@ def boxes_of_rectangle():
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> dict[str, Path]:
-    """A small world, its shards, and a run folder with an untrained network's checkpoint and a made-up log."""
+    """A small world, its shards, and a run folder with an untrained network's checkpoint and a made-up
+    log."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "tools/make_world.py", "--out", str(folder / "world"), "--workers", "1"]
     command += ["--train-videos", "1", "--test-videos", str(NUM_VIDEOS), "--test-seconds", "3", "--seed", "5"]
@@ -124,7 +126,8 @@ def finished_run(tmp_path_factory) -> dict[str, Path]:
     torch.manual_seed(1)
     state = {"model": build_model(config).state_dict(), "commit": "0123456789"}
     save_checkpoint(run / "checkpoints", 40, config, state, keep=1)
-    row = {"loss": 3.0, "loss_contrastive": 2.0, "loss_consistency": 0.5, "accuracy_v2a": 0.1, "accuracy_a2v": 0.2}
+    row = {"loss": 3.0, "loss_contrastive": 2.0, "loss_consistency": 0.5}
+    row |= {"accuracy_v2a": 0.1, "accuracy_a2v": 0.2}
     row |= {"clips_per_second": 40.0, "data_wait_fraction": 0.1, "train_seconds": 60.0}
     rows = [json.dumps({"step": step, **row}) + "\n" for step in range(10, 50, 10)]
     (run / "log.jsonl").write_text("".join(rows))

@@ -1,4 +1,5 @@
-"""Retrieval, localisation, box mapping and intervals against cases worked by hand and against scikit-learn."""
+"""Retrieval, localisation, box mapping and intervals against cases worked by hand and against
+scikit-learn."""
 
 from types import SimpleNamespace
 
@@ -195,7 +196,7 @@ def test_band_share_of_a_map_that_listens_to_one_band():
 
 
 def clip_info(**changes):
-    fields = {"source_crop": (0.0, 0.0, 320.0, 180.0), "frame_width": 256, "frame_height": 144, "start_seconds": 0.0}
+    fields = {"source_crop": (0.0, 0.0, 320.0, 180.0), "frame_width": 256, "frame_height": 144}
     return SimpleNamespace(**{**fields, **changes})
 
 
@@ -212,7 +213,7 @@ def crop(**changes):
 
 
 def test_box_is_cut_scaled_and_shifted_like_its_pixels():
-    # The clip shows the 320x180 that start at (10, 20); they become 128x72 (x 0.4), then the crop starts at (32, 4).
+    # The clip shows the 320x180 that start at (10, 20); they become 128x72 (x 0.4), cropped at (32, 4).
     info = clip_info(source_crop=(10.0, 20.0, 320.0, 180.0))
     source = np.array([110.0, 70.0, 210.0, 120.0])
     assert boxes.map_boxes_to_crop(source, info, crop()).tolist() == [8.0, 16.0, 48.0, 36.0]
@@ -231,7 +232,8 @@ def test_box_of_a_painted_rectangle_is_where_the_transforms_put_it(flip):
     """The same steps done to an image and to a box agree to the pixel, mirrored or not."""
     image = np.zeros((144, 256), dtype=np.float32)  # the clip's frame
     image[40:72, 64:112] = 1.0
-    scaled = torch.nn.functional.interpolate(torch.tensor(image)[None, None], size=(72, 128), mode="area")[0, 0]
+    stacked = torch.tensor(image)[None, None]
+    scaled = torch.nn.functional.interpolate(stacked, size=(72, 128), mode="area")[0, 0]
     picture = scaled[4 : 4 + 64, 32 : 32 + 64].numpy()
     picture = picture[:, ::-1] if flip else picture
     info = clip_info(source_crop=(0.0, 0.0, 256.0, 144.0))
@@ -248,7 +250,7 @@ def test_clip_sees_the_boxes_of_its_own_second():
     item = SimpleNamespace(boxes=np.arange(100)[:, None] * np.ones(4))
     result = boxes.object_boxes_in_clip(item, source_fps=16.0, start_seconds=2.0)
     assert result.shape == (32, 4)
-    assert result[:, 0].tolist() == [32 + index // 2 for index in range(32)]  # each source frame is shown twice
+    assert result[:, 0].tolist() == [32 + index // 2 for index in range(32)]  # each frame is shown twice
     late = boxes.object_boxes_in_clip(item, source_fps=16.0, start_seconds=6.0)
     assert late[-1, 0] == 99  # never beyond the last frame
 

@@ -2,9 +2,9 @@
 
     python tools/evaluate_demo.py --run runs/demo --shards-test runs/demo/shards-test --world runs/demo/world
 
-writes `metrics.json`, `report.html` and `attention_grid.png` into the run folder. With --world (the folder that
-tools/make_world.py wrote) localisation is measured against its ground truth; without it, on anybody's own videos, only
-retrieval is measured and the report shows the maps.
+writes `metrics.json`, `report.html` and `attention_grid.png` into the run folder. With --world (the folder
+that tools/make_world.py wrote) localisation is measured against its ground truth; without it, on anybody's
+own videos, only retrieval is measured and the report shows the maps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class ClipMedia:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._readers = [ShardReader(folder / entry.name) for entry in manifest.shards]
         self._places = {
-            reader.key(position): (reader, position) for reader in self._readers for position in range(len(reader))
+            reader.key(position): (reader, position)
+            for reader in self._readers
+            for position in range(len(reader))
         }
 
     def __call__(self, key: str) -> Media:
@@ -64,7 +66,9 @@ class ClipMedia:
             reader.close()
 
 
-def evaluation_loader_config(config: LoaderConfig, shards: Path, batch_size: int, num_workers: int) -> LoaderConfig:
+def evaluation_loader_config(
+    config: LoaderConfig, shards: Path, batch_size: int, num_workers: int
+) -> LoaderConfig:
     """The run's loader without shuffling and augmentation, over other shards."""
     return dataclasses.replace(
         config,
@@ -107,7 +111,13 @@ def load_models(run: Path, seed: int, device: torch.device) -> tuple[CMAC, CMAC,
 
 
 def describe_run(
-    config: RunConfig, model: CMAC, origin: dict, manifest: Manifest, metrics: dict, command: str, seconds: float
+    config: RunConfig,
+    model: CMAC,
+    origin: dict,
+    manifest: Manifest,
+    metrics: dict,
+    command: str,
+    seconds: float,
 ) -> list[tuple[str, str]]:
     """What the report says was run."""
     video, counts = config.loader.video, model.parameter_counts()
@@ -121,13 +131,15 @@ def describe_run(
         ("Commit", commit),
         (
             "Training",
-            f"{origin['step']:,} steps of {batch} clips in {duration(metrics['train_seconds'])}, {optimizer.name} at "
-            f"{optimizer.learning_rate:g} ({optimizer.schedule}), consistency weight {config.loss.consistency_weight:g}",
+            f"{origin['step']:,} steps of {batch} clips in {duration(metrics['train_seconds'])}, "
+            f"{optimizer.name} at {optimizer.learning_rate:g} ({optimizer.schedule}), "
+            f"consistency weight {config.loss.consistency_weight:g}",
         ),
         (
             "Network",
-            f"{sum(counts.values()) / 1e6:.2f} M parameters (video encoder {counts['video encoder'] / 1e6:.2f} M, audio "
-            f"encoder {counts['audio encoder'] / 1e6:.2f} M), queue of {config.model.queue_length:,}",
+            f"{sum(counts.values()) / 1e6:.2f} M parameters (video encoder "
+            f"{counts['video encoder'] / 1e6:.2f} M, audio encoder {counts['audio encoder'] / 1e6:.2f} M), "
+            f"queue of {config.model.queue_length:,}",
         ),
         (
             "Input",
@@ -136,7 +148,8 @@ def describe_run(
         ),
         (
             "Evaluated on",
-            f"{metrics['num_clips_read']:,} clips of {manifest.num_videos:,} videos (split {manifest.split!r})",
+            f"{metrics['num_clips_read']:,} clips of {manifest.num_videos:,} videos "
+            f"(split {manifest.split!r})",
         ),
         ("Hardware", f"{describe_hardware()} (where it was evaluated)"),
         ("Software", f"torch {torch.__version__}, Python {sys.version.split()[0]}"),
@@ -147,8 +160,8 @@ def describe_run(
 
 def print_table(console: Console, metrics: dict) -> None:
     """The figures beside chance."""
-    table = Table(title="Figures on clips that were kept apart" if not metrics["evaluated_on_training_clips"] else
-                  "Figures on the training clips")  # fmt: skip
+    which = "the training clips" if metrics["evaluated_on_training_clips"] else "clips that were kept apart"
+    table = Table(title=f"Figures on {which}")
     for name in ("figure", "trained", "95 % interval", "chance", "center", "untrained", "clips"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     for row in figure_rows(metrics):
@@ -197,12 +210,12 @@ def evaluate(args: argparse.Namespace) -> Path:
         commit=git_commit(),
     )
     write_text(args.run / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    seconds = time.monotonic() - started
+    command = args.command or "not recorded"
     context = ReportContext(
         title=f"CMAC: {args.run.name}",
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        facts=describe_run(
-            config, trained, origin, manifest, metrics, args.command or "not recorded", time.monotonic() - started
-        ),
+        facts=describe_run(config, trained, origin, manifest, metrics, command, seconds),
         training_clips=metrics["evaluated_on_training_clips"],
         has_truth=args.world is not None,
     )
@@ -216,8 +229,8 @@ def evaluate(args: argparse.Namespace) -> Path:
     write_text(report, page)
     print_table(console, metrics)
     console.print(
-        f"training took {duration(metrics['train_seconds'])}, evaluation {duration(time.monotonic() - started)}; "
-        f"figures: {args.run / 'metrics.json'}",
+        f"training took {duration(metrics['train_seconds'])}, "
+        f"evaluation {duration(time.monotonic() - started)}; figures: {args.run / 'metrics.json'}",
         soft_wrap=True,
     )
     console.print(f"report: [bold]{report}[/]", soft_wrap=True)
@@ -227,16 +240,23 @@ def evaluate(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 when the report was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run (holds checkpoints/)")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run (holds checkpoints/)")
     parser.add_argument("--shards-test", type=Path, required=True, help="folder of shards to evaluate on")
     parser.add_argument("--world", type=Path, help="folder that make_world wrote, for ground truth")
-    parser.add_argument("--retrieval-clips", type=int, default=256, help="clips in the gallery (default: 256)")
+    parser.add_argument(
+        "--retrieval-clips", type=int, default=256, help="clips among which to retrieve (default: 256)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="clips per batch (default: 32)")
     parser.add_argument(
-        "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that decode clips (default: 2)"
+        "--workers",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help="processes that decode clips; 0: this one (default: 2)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the untrained network and of the intervals")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one"
+    )
     parser.add_argument("--command", help="what was typed, for the report")
     args = parser.parse_args(argv)
     try:

@@ -1,7 +1,7 @@
 """From a box in the source video to the pixels that the network was given.
 
-A source pixel passes through three steps, and so does a box: slicing keeps the region `ClipInfo.source_crop` and
-scales it to `frame_width` x `frame_height`; decoding scales the short side to `VideoConfig.short_side`;
+A source pixel passes through three steps, and so does a box: slicing keeps the region `ClipInfo.source_crop`
+and scales it to `frame_width` x `frame_height`; decoding scales the short side to `VideoConfig.short_side`;
 augmentation cuts a square of `crop_size` and may mirror it.
 """
 
@@ -21,7 +21,7 @@ FPS = 32
 
 
 class Crop(Protocol):
-    """The part of `ClipAugmentation` that moves pixels; pixels of the frame after scaling to the short side."""
+    """The part of `ClipAugmentation` that moves pixels, in pixels of the scaled frame."""
 
     scaled_width: int
     scaled_height: int
@@ -35,8 +35,8 @@ def map_boxes_to_crop(boxes: np.ndarray, info: ClipInfo, crop: Crop) -> np.ndarr
     """Boxes in pixels of the network's input, not clipped to it.
 
     Args:
-        boxes: float (..., 4), x0, y0, x1, y1 in pixels of the display-oriented source frame, as edges: the box of
-            the single pixel in column 3 reaches from x0 = 3 to x1 = 4.
+        boxes: float (..., 4), x0, y0, x1, y1 in pixels of the display-oriented source frame, as edges: the
+            box of the single pixel in column 3 reaches from x0 = 3 to x1 = 4.
         info: the clip's `ClipInfo`.
         crop: the clip's `ClipAugmentation`.
 
@@ -55,7 +55,8 @@ def map_boxes_to_crop(boxes: np.ndarray, info: ClipInfo, crop: Crop) -> np.ndarr
 def object_boxes_in_clip(item: TruthObject, source_fps: float, start_seconds: float) -> np.ndarray:
     """The object's box in each of the clip's frames: float64 (32, 4), source pixels.
 
-    The clip's frame j shows the source frame that is on screen at the frame's middle, start_seconds + (j + 0.5) / 32.
+    The clip's frame j shows the source frame that is on screen at the middle of frame j:
+    start_seconds + (j + 0.5) / 32.
     """
     times = start_seconds + (np.arange(FRAMES_PER_CLIP) + 0.5) / FPS
     frames = np.clip(np.floor(times * source_fps).astype(int), 0, len(item.boxes) - 1)

@@ -1,4 +1,4 @@
-"""Line charts as SVG text whose colors come from the page (CSS classes), so that they follow light and dark mode."""
+"""Line charts as SVG text. Their colors are CSS classes of the page, so they follow light and dark mode."""
 
 import math
 from collections.abc import Sequence
@@ -46,9 +46,12 @@ def smooth(ys: Sequence[float], span: int) -> list[float]:
 
 
 def line_chart(lines: Sequence[Line], title: str, x_name: str, percent: bool = False) -> Markup:
-    """SVG of one or more curves over a common axis; Markup, all text escaped. `title` is for screen readers."""
+    """SVG of one or more curves over a common axis, all text escaped. `title` is for screen readers."""
     points = [
-        (x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(x) and math.isfinite(y)
+        (x, y)
+        for line in lines
+        for x, y in zip(line.xs, line.ys, strict=True)
+        if math.isfinite(x) and math.isfinite(y)
     ]
     if not points:
         return Markup('<p class="note">Nothing was logged.</p>')

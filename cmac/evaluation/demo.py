@@ -1,4 +1,4 @@
-"""A finished run's figures and pictures: metrics.json, report.html and attention_grid.png in the run folder."""
+"""A finished run's figures: its log, metrics.json, and which clips its report shows."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ RETRIEVAL_KEYS = ("retrieval_v2a_r1", "retrieval_a2v_r1")
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a run's log.jsonl in the order of their steps.
 
-    A run that was resumed may have logged a step twice: the later row counts. A torn last line (the run was killed
-    while writing) is left out.
+    A run that was resumed may have logged a step twice: the later row counts. A torn last line (the run was
+    killed while writing) is left out.
     """
     rows: dict[int, dict[str, Any]] = {}
     if not path.is_file():
@@ -51,7 +51,7 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
 def training_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """`train_seconds` (of the last row), `clips_per_second` (median over rows), `data_wait_fraction` (mean).
 
-    The first row is left out of the last two when there are more: it holds the start of workers and first calls.
+    The first row is left out of the last two when there are more: it holds the start of the workers.
     """
     steady = rows[1:] if len(rows) > 1 else rows
 
@@ -68,7 +68,12 @@ def training_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def build_metrics(
-    evaluation: Evaluation, rows: Sequence[dict[str, Any]], *, kind: str, training_clips: bool, commit: str | None
+    evaluation: Evaluation,
+    rows: Sequence[dict[str, Any]],
+    *,
+    kind: str,
+    training_clips: bool,
+    commit: str | None,
 ) -> dict[str, Any]:
     """What metrics.json holds.
 
@@ -137,8 +142,9 @@ PERCENTILES_SHOWN = (95, 65, 35, 5)
 def choose_shown(evaluation: Evaluation, percentiles: Sequence[int], kind: str = "guided") -> list[ShownClip]:
     """Clips at fixed percentiles, so that neither the best nor the worst is picked by hand.
 
-    With ground truth: of the preference margin of the guided map, within each part, best first. Without: of the rank
-    at which the clip's picture finds its own sound (ties in reading order), twice as many percentiles spread evenly.
+    With ground truth: of the preference margin of the guided map, within each part, best first. Without: of
+    the rank at which the clip's picture finds its own sound (ties in reading order), twice as many
+    percentiles spread evenly.
     """
     shown: list[ShownClip] = []
     if evaluation.scores:
@@ -148,7 +154,8 @@ def choose_shown(evaluation: Evaluation, percentiles: Sequence[int], kind: str =
             for percentile in percentiles if scores else ():
                 score = scores[round(percentile / 100 * (len(scores) - 1))]
                 if score.placed.index not in [item.index for item in shown]:
-                    shown.append(ShownClip(index=score.placed.index, name=f"{part}, {percentile}th percentile"))
+                    name = f"{part}, {percentile}th percentile"
+                    shown.append(ShownClip(index=score.placed.index, name=name))
         return shown
     from cmac.evaluation.retrieval import retrieval_ranks
 

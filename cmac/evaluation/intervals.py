@@ -13,9 +13,9 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of `values`, seeded; None for no values.
 
     Choice: whole groups (videos) are resampled, not clips. Two seconds of one video show the same objects, so
-    they are not independent and resampling clips would give intervals that are too narrow. Where every value is 0 (or
-    every value 1) resampling would give an interval of no width; then it is the exact binomial one (Clopper-Pearson)
-    for that many videos: no hit among 40 videos still allows 8.8 %.
+    they are not independent and resampling clips would give intervals that are too narrow. Where every value
+    is 0 (or every value 1) resampling would give an interval of no width; then it is the exact binomial one
+    (Clopper-Pearson) for that many videos: no hit among 40 videos still allows 8.8 %.
 
     Args:
         values: one figure per clip.
@@ -35,7 +35,8 @@ def bootstrap_interval(
         room = 1 - ((1 - level) / 2) ** (1 / len(names))
         return (0.0, room) if sums.sum() == 0 else (1 - room, 1.0)
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=NUM_RESAMPLES)  # (R, groups)
+    equal = np.full(len(names), 1 / len(names))
+    draws = rng.multinomial(len(names), equal, size=NUM_RESAMPLES)  # (R, groups)
     means = (draws @ sums) / (draws @ counts)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -3,8 +3,8 @@
 Every function takes one clip's map over time and space and the boxes at each of the map's steps. The map is
 upsampled bilinearly to the pixels of the network's input; a pixel belongs to a box when its center does.
 
-Choice: objects move within a clip, so a step's map is compared with the boxes at that step's time. One mean map and
-one box around the whole path would be kinder to a map that is blurred over time.
+Choice: objects move within a clip, so a step's map is compared with the boxes at that step's time. One mean
+map and one box around the whole path would be kinder to a map that is blurred over time.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,10 @@ def upsample_maps(maps: Tensor, crop_size: int) -> Tensor:
 
 
 def box_mask(boxes: np.ndarray, crop_size: int) -> Tensor:
-    """Pixels whose center lies in the box: boxes (T', 4) in crop pixels -> bool (T', crop_size, crop_size)."""
+    """Pixels whose center lies in the box, at each step.
+
+    boxes: (T', 4) in crop pixels. Returns bool (T', crop_size, crop_size).
+    """
     centers = np.arange(crop_size) + 0.5
     in_x = (centers >= boxes[:, 0:1]) & (centers < boxes[:, 2:3])  # (T', W)
     in_y = (centers >= boxes[:, 1:2]) & (centers < boxes[:, 3:4])  # (T', H)
@@ -35,7 +38,9 @@ def box_mask(boxes: np.ndarray, crop_size: int) -> Tensor:
 
 def _check(maps: Tensor, masks: Tensor) -> None:
     if maps.shape != masks.shape:
-        raise ValueError(f"map is {tuple(maps.shape)} and mask {tuple(masks.shape)}, expected the same (T', H, W)")
+        raise ValueError(
+            f"map is {tuple(maps.shape)} and mask {tuple(masks.shape)}, expected the same (T', H, W)"
+        )
 
 
 def pointing(maps: Tensor, sounding: Tensor) -> float:
@@ -46,8 +51,9 @@ def pointing(maps: Tensor, sounding: Tensor) -> float:
         sounding: bool (T', H, W), the sounding object's pixels.
 
     Returns:
-        0..1. Choice: when several pixels share the maximum (a constant map; the plateau that upsampling leaves at
-        the border), the share of them inside the object: what a fair draw among them would score on average.
+        0..1. Choice: when several pixels share the maximum (a constant map; the plateau that upsampling
+        leaves at the border), the share of them inside the object: what a fair draw among them would score on
+        average.
     """
     _check(maps, sounding)
     best = maps >= maps.max() - 1e-12
@@ -55,7 +61,7 @@ def pointing(maps: Tensor, sounding: Tensor) -> float:
 
 
 def pointing_time_mean(maps: Tensor, sounding: Tensor) -> float:
-    """As `pointing`, for the maximum of the map's mean over time: mean over steps of whether the box covers it."""
+    """As `pointing`, for the maximum of the map's mean over time: share of steps whose box covers it."""
     _check(maps, sounding)
     return pointing(maps.mean(dim=0, keepdim=True).expand_as(maps), sounding)
 
@@ -96,8 +102,8 @@ def prefers_sounding(maps: Tensor, sounding: Tensor, silent: Sequence[Tensor]) -
         silent: one such mask per silent object that is visible, at least one.
 
     Returns:
-        0..1; an exact tie counts one half. Choice: the mean over pairs, not "higher than all of them", so that
-        chance is 50 % whatever the number of silent objects.
+        0..1; an exact tie counts one half. Choice: the mean over pairs, not "higher than all of them", so
+        that chance is 50 % whatever the number of silent objects.
     """
     if not silent:
         raise ValueError("no silent object is visible, expected at least one; leave the clip out")
@@ -136,11 +142,14 @@ def band_rows(bands_hz: Sequence[tuple[float, float]], center_hz: np.ndarray) ->
 def band_energy(audio_map: Tensor, num_mel_bins: int) -> np.ndarray:
     """How an audio map's energy spreads over frequency: (F', S') -> float64 (num_mel_bins,), sums to 1.
 
-    The map is upsampled bilinearly and its minimum subtracted, because a cosine map in [0, 1] has a large constant
-    part that says nothing about where it points. A constant map spreads evenly.
+    The map is upsampled bilinearly and its minimum subtracted, because a cosine map in [0, 1] has a large
+    constant part that says nothing about where it points. A constant map spreads evenly.
     """
     up = F.interpolate(
-        audio_map.double()[None, None], size=(num_mel_bins, audio_map.shape[1]), mode="bilinear", align_corners=False
+        audio_map.double()[None, None],
+        size=(num_mel_bins, audio_map.shape[1]),
+        mode="bilinear",
+        align_corners=False,
     )[0, 0]
     energy = (up - up.min()).sum(dim=1).numpy()  # (F,)
     total = energy.sum()

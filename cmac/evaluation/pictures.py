@@ -1,4 +1,4 @@
-"""Attention maps laid over frames and spectrograms, as tiles for a page and as one PNG (the paper's Fig. 5)."""
+"""Attention maps laid over frames and spectrograms, as tiles of a page and as one PNG (paper Fig. 5)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def colorize(values: np.ndarray) -> np.ndarray:
 
 
 def stretch(values: np.ndarray) -> np.ndarray:
-    """Values moved and scaled to fill [0, 1]; a constant array becomes zeros. For pictures only, never figures."""
+    """Values scaled to fill [0, 1]; a constant array becomes zeros. For pictures only, never figures."""
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-9:
         return np.zeros_like(values, dtype=np.float32)
@@ -62,7 +62,7 @@ def overlay(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def crop_frames(frames: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """The square that the network was given, cut from frames at the clip's full size and scaled to size x size.
+    """The square that the network was given, cut from frames at full size and scaled to size x size.
 
     frames: uint8 (T, frame_height, frame_width, 3). Returns uint8 (T, size, size, 3).
     """
@@ -84,7 +84,7 @@ def crop_frames(frames: np.ndarray, crop: Crop, size: int) -> np.ndarray:
 def draw_boxes(
     picture: np.ndarray, sounding: np.ndarray | None, silent: Sequence[np.ndarray], scale: float
 ) -> np.ndarray:
-    """The picture with the sounding object in a full turquoise outline and the silent ones in thin white dashes.
+    """The picture with the sounding object outlined in turquoise and the silent ones in white dashes.
 
     picture: uint8 (H, W, 3); boxes: (4,) in crop pixels; scale: picture pixels per crop pixel.
     """
@@ -148,13 +148,17 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def compose_grid(tiles: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], columns: Sequence[str]) -> np.ndarray:
+def compose_grid(
+    tiles: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], columns: Sequence[str]
+) -> np.ndarray:
     """One picture of all tiles with names at the left and above: uint8 (H, W, 3), white background.
 
     tiles: rows of uint8 (height, width, 3), all tiles of a row of one size, all rows as long as `columns`.
     """
     if not tiles or any(len(row) != len(columns) for row in tiles) or len(row_names) != len(tiles):
-        raise ValueError(f"{len(tiles)} rows, {len(row_names)} names, {len(columns)} columns: expected a full grid")
+        raise ValueError(
+            f"{len(tiles)} rows, {len(row_names)} names, {len(columns)} columns: expected a full grid"
+        )
     gap, left, top = 6, 110, 46
     font = ImageFont.load_default(size=14)
     width = left + sum(tile.shape[1] + gap for tile in tiles[0])

@@ -54,19 +54,17 @@ class FigureRow:
     """`good`, `flat` or `odd`: how the verdict is colored."""
 
 
+_EASY, _HARD = "Easy part: silent objects stand still", "Hard part: silent objects move too"
+_POINTS, _PREFERS = "map points at the sounding object", "map prefers the sounding object"
 _ROWS = (
-    ("Easy part: silent objects stand still", "predicted_pointing_easy", "Predicted map points at the sounding object"),
-    ("Easy part: silent objects stand still", "predicted_prefers_sounding_easy", "Predicted map prefers the sounding object"),
-    ("Easy part: silent objects stand still", "guided_pointing_easy", "Guided map points at the sounding object"),
-    ("Easy part: silent objects stand still", "guided_prefers_sounding_easy", "Guided map prefers the sounding object"),
-    ("Hard part: silent objects move too", "guided_pointing_hard", "Guided map points at the sounding object"),
-    ("Hard part: silent objects move too", "guided_prefers_sounding_hard", "Guided map prefers the sounding object"),
-    ("Hard part: silent objects move too", "predicted_pointing_hard", "Predicted map points at the sounding object"),
-    (
-        "Hard part: silent objects move too",
-        "predicted_prefers_sounding_hard",
-        "Predicted map prefers the sounding object (must stay near 50 %)",
-    ),
+    (_EASY, "predicted_pointing_easy", f"Predicted {_POINTS}"),
+    (_EASY, "predicted_prefers_sounding_easy", f"Predicted {_PREFERS}"),
+    (_EASY, "guided_pointing_easy", f"Guided {_POINTS}"),
+    (_EASY, "guided_prefers_sounding_easy", f"Guided {_PREFERS}"),
+    (_HARD, "guided_pointing_hard", f"Guided {_POINTS}"),
+    (_HARD, "guided_prefers_sounding_hard", f"Guided {_PREFERS}"),
+    (_HARD, "predicted_pointing_hard", f"Predicted {_POINTS}"),
+    (_HARD, "predicted_prefers_sounding_hard", f"Predicted {_PREFERS} (must stay near 50 %)"),
     ("Retrieval", "retrieval_v2a_r1", "Picture finds its own sound, first guess"),
     ("Retrieval", "retrieval_v2a_r5", "... within five guesses"),
     ("Retrieval", "retrieval_v2a_r10", "... within ten guesses"),
@@ -123,7 +121,9 @@ def figure_rows(figures: Mapping[str, Any]) -> list[FigureRow]:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """`0.312` -> `31.2 %` (no line break before the sign); None -> an en dash."""
-    return "\N{EN DASH}" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+    if value is None or not math.isfinite(value):
+        return "\N{EN DASH}"
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: float | None) -> str:
@@ -196,9 +196,9 @@ def _placed(evaluation: Evaluation, num_steps: int) -> dict[int, PlacedClip]:
 def build_grid(
     evaluation: Evaluation, shown: Sequence[ShownClip], read_media: Callable[[str], Media], audio: AudioConfig
 ) -> list[GridColumn]:
-    """A column of six tiles for each clip: frame, guided, predicted; log-mel, guided, predicted (paper Fig. 5).
+    """A column of six tiles for each clip, as in the paper's Fig. 5 (GRID_ROWS).
 
-    The frame and the visual maps are those of the middle of the clip. Maps are stretched, each to its own range.
+    The frame and the visual maps are those of the middle of the clip. Each map is stretched to its range.
     """
     encoded = evaluation.clips.encoded["trained"]
     num_steps = encoded.guided_v.shape[1]
@@ -229,8 +229,10 @@ def build_grid(
         for kind in ("guided", "predicted"):
             values = getattr(encoded, f"{kind}_a")[item.index].numpy()
             picture = pictures.overlay(log_mel, pictures.stretch(values[::-1]))
-            tiles.append(Tile(picture=picture, text=f"{kind} audio map over the log-mel", note=_range(values)))
-        columns.append(GridColumn(title=item.name, subtitle=describe(evaluation, item.index), tiles=tuple(tiles)))
+            text = f"{kind} audio map over the log-mel"
+            tiles.append(Tile(picture=picture, text=text, note=_range(values)))
+        subtitle = describe(evaluation, item.index)
+        columns.append(GridColumn(title=item.name, subtitle=subtitle, tiles=tuple(tiles)))
     return columns
 
 
@@ -254,15 +256,16 @@ def build_played(
         frames = pictures.crop_frames(media.frames, crop, PANEL)
         picture = frames
         if (truth := placed.get(item.index)) is not None:
+            scale = PANEL / crop.crop_size
             picture = np.stack(
                 [
                     pictures.draw_boxes(
-                        frame, truth.sounding[index], [box[index] for box in truth.silent], PANEL / crop.crop_size
+                        frame, truth.sounding[index], [box[index] for box in truth.silent], scale
                     )
                     for index, frame in enumerate(frames)
                 ]
             )
-        guided, predicted = (getattr(encoded, f"{kind}_v")[item.index].numpy() for kind in ("guided", "predicted"))
+        guided, predicted = encoded.guided_v[item.index].numpy(), encoded.predicted_v[item.index].numpy()
         panels = overlay_panels(picture, frames, guided, predicted)
         video = encode_mp4(panels, media.waveform, len(frames), media.sample_rate, REPEATS)
         played.append(
@@ -290,8 +293,8 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         (
             "Contrastive loss",
             [curve("loss_contrastive", "both directions, Eq. (7)", "line-1")],
-            "Lower: a clip's picture and sound are told from those of other clips. It can rise at first, while the "
-            "queue of past clips fills up and the task gets harder.",
+            "Lower: a clip's picture and sound are told from those of other clips. It can rise at first, "
+            "while the queue of past clips fills up and the task gets harder.",
             False,
         ),
         (
@@ -302,7 +305,10 @@ def training_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ),
         (
             "Accuracy of the contrastive task",
-            [curve("accuracy_v2a", "picture to sound", "line-1"), curve("accuracy_a2v", "sound to picture", "line-2")],
+            [
+                curve("accuracy_v2a", "picture to sound", "line-1"),
+                curve("accuracy_a2v", "sound to picture", "line-2"),
+            ],
             "Share of training clips whose own counterpart scores above everything in the queues.",
             True,
         ),

@@ -13,21 +13,22 @@ def retrieval_ranks(query: Tensor, gallery: Tensor) -> Tensor:
         gallery: (N, D).
 
     Returns:
-        int64 (N,), values 1..N. Choice: ties count against the query (every other entry that scores as high as
-        the right one is put before it), so a network that gives all clips one embedding gets rank N, not 1.
+        int64 (N,), values 1..N. Choice: ties count against the query (every other entry that scores as high
+        as the right one is put before it): a network that gives all clips one embedding gets rank N, not 1.
 
     Raises:
         ValueError: if the shapes differ, or a value is not finite.
     """
     if query.ndim != 2 or query.shape != gallery.shape:
         raise ValueError(
-            f"query is {tuple(query.shape)} and gallery {tuple(gallery.shape)}, expected the same (N, D) for both"
+            f"query is {tuple(query.shape)} and gallery {tuple(gallery.shape)}, "
+            "expected the same (N, D) for both"
         )
     if not (torch.isfinite(query).all() and torch.isfinite(gallery).all()):
         raise ValueError("an embedding holds NaN or infinity, expected finite values; did training diverge?")
     similarity = query.double() @ gallery.double().T  # (N, N)
     own = similarity.diagonal()[:, None]  # (N, 1)
-    # Equal embeddings may differ in the last bit of their products: 1e-12 is far below any float32 difference.
+    # Products of equal embeddings may differ in the last bit; 1e-12 is far below any float32 difference.
     return (similarity >= own - 1e-12).sum(dim=1)
 
 

@@ -45,7 +45,9 @@ class Truth:
     @property
     def sounding(self) -> TruthObject | None:
         """The object that is seen and heard; None when the sound is off-screen or there is none."""
-        return next((item for item in self.objects if item.sounding), None) if self.sound == "on-screen" else None
+        if self.sound != "on-screen":
+            return None
+        return next((item for item in self.objects if item.sounding), None)
 
     @property
     def silent(self) -> tuple[TruthObject, ...]:
@@ -77,10 +79,14 @@ def read_truth(path: Path) -> Truth:
             bands_hz=tuple((float(low), float(high)) for low, high in data.get("bands_hz") or ()),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a ground-truth file ({error!r}); re-run tools/make_world.py") from error
+        message = f"{path}: not a ground-truth file ({error!r}); re-run tools/make_world.py"
+        raise ValueError(message) from error
     for item in objects:
         if item.boxes.ndim != 2 or item.boxes.shape[1] != 4 or len(item.boxes) == 0:
-            raise ValueError(f"{path}: boxes of {item.category} are {item.boxes.shape}, expected (num_frames, 4)")
+            raise ValueError(
+                f"{path}: boxes of {item.category} are {item.boxes.shape}, expected (num_frames, 4); "
+                "re-run tools/make_world.py"
+            )
     return truth
 
 

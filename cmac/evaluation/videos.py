@@ -15,7 +15,7 @@ PANELS = ("picture", "guided by sound", "predicted from picture")
 
 
 def map_per_frame(maps: np.ndarray, num_frames: int) -> np.ndarray:
-    """A map for each frame, linear between the middles of the map's steps: (T', H', W') -> (num_frames, H', W')."""
+    """A map for each frame, linear between the steps' middles: (T', H', W') -> (num_frames, H', W')."""
     num_steps = len(maps)
     position = np.clip((np.arange(num_frames) + 0.5) * num_steps / num_frames - 0.5, 0, num_steps - 1)
     below = np.floor(position).astype(int)
@@ -24,14 +24,16 @@ def map_per_frame(maps: np.ndarray, num_frames: int) -> np.ndarray:
     return (1 - weight) * maps[below] + weight * maps[above]
 
 
-def overlay_panels(picture: np.ndarray, frames: np.ndarray, guided: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Three panels beside each other with their names above, for each frame: uint8 (T, size + STRIP, 3 * size, 3).
+def overlay_panels(
+    picture: np.ndarray, frames: np.ndarray, guided: np.ndarray, predicted: np.ndarray
+) -> np.ndarray:
+    """Three panels with their names above, for each frame: uint8 (T, size + STRIP, 3 * size, 3).
 
     Args:
         picture: uint8 (T, size, size, 3), shown in the first panel (with boxes drawn, where they are known).
         frames: uint8 (T, size, size, 3), under the maps.
-        guided: (T', H', W'). Each map is stretched to its own range over the whole clip, so that its course over
-            time is kept.
+        guided: (T', H', W'). Each map is stretched to its own range over the whole clip, so that its course
+            over time is kept.
         predicted: (T', H', W').
     """
     num_frames, size = picture.shape[:2]
@@ -49,7 +51,9 @@ def overlay_panels(picture: np.ndarray, frames: np.ndarray, guided: np.ndarray, 
     return np.stack(result)
 
 
-def encode_mp4(frames: np.ndarray, waveform: np.ndarray, fps: int, sample_rate: int, repeats: int = 1) -> bytes:
+def encode_mp4(
+    frames: np.ndarray, waveform: np.ndarray, fps: int, sample_rate: int, repeats: int = 1
+) -> bytes:
     """MP4 file (H.264, AAC) that a browser plays.
 
     Args:
@@ -68,13 +72,15 @@ def encode_mp4(frames: np.ndarray, waveform: np.ndarray, fps: int, sample_rate: 
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         audio = container.add_stream("aac", rate=sample_rate, layout="mono")
         for index in range(repeats * num_frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[index % num_frames]), format="rgb24")
+            picture = np.ascontiguousarray(frames[index % num_frames])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         samples = np.tile(np.clip(waveform, -1, 1).astype(np.float32), repeats)
         for start in range(0, len(samples), 1024):
-            block = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], format="fltp", layout="mono")
+            part = samples[None, start : start + 1024]
+            block = av.AudioFrame.from_ndarray(part, format="fltp", layout="mono")
             block.sample_rate, block.pts, block.time_base = sample_rate, start, Fraction(1, sample_rate)
             container.mux(audio.encode(block))
         container.mux(audio.encode(None))

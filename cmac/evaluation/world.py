@@ -84,8 +84,8 @@ def encode_clips(
     """Every valid clip of the batches, encoded by each model; a clip that comes again is left out.
 
     Args:
-        models: by name; each is put in eval mode and has `encode(frames uint8, log_mel) -> Encoded`. All see the same
-            batch, so that clips are decoded once.
+        models: by name; each is put in eval mode and has `encode(frames uint8, log_mel) -> Encoded`. All see
+            the same batch, so that clips are decoded once.
         batches: from a loader that neither shuffles nor augments.
         world: folder of the generated world, for ground truth; None for videos without.
         device: where the models are.
@@ -132,7 +132,8 @@ def encode_clips(
         raise ValueError("no valid clip was read; check the shards with tools/check_shards.py")
     result.log_mel = torch.cat(log_mels)
     result.encoded = {
-        name: EncodedClips(**{key: torch.cat(blocks) for key, blocks in part.items()}) for name, part in parts.items()
+        name: EncodedClips(**{key: torch.cat(blocks) for key, blocks in part.items()})
+        for name, part in parts.items()
     }
     return result
 
@@ -151,14 +152,16 @@ class PlacedClip:
     """(T', 4) each: the silent objects that are visible."""
 
 
-def _boxes_in_crop(item: TruthObject, source_fps: float, info: ClipInfo, crop: Crop, num_steps: int) -> np.ndarray:
+def _boxes_in_crop(
+    item: TruthObject, source_fps: float, info: ClipInfo, crop: Crop, num_steps: int
+) -> np.ndarray:
     """(num_steps, 4): an object's mean box at each step of a map, in pixels of the network's input."""
     source = box_ops.object_boxes_in_clip(item, source_fps, info.start_seconds)
     return box_ops.boxes_per_step(box_ops.map_boxes_to_crop(source, info, crop), num_steps)
 
 
 def place_clips(clips: ClipSet, num_steps: int) -> list[PlacedClip]:
-    """The clips with an on-screen sounding object of which at least MIN_VISIBLE lies in the crop, in reading order."""
+    """The clips whose sounding object is on screen and at least MIN_VISIBLE in the crop, in reading order."""
     placed = []
     for index, (info, crop, truth) in enumerate(zip(clips.clips, clips.crops, clips.truths, strict=True)):
         if truth is None or truth.sounding is None:
@@ -196,9 +199,9 @@ def _figure(
 def retrieval_figures(clips: ClipSet, rows: Sequence[int], seed: int = 0) -> dict[str, dict[str, Any]]:
     """`retrieval_v2a_r1`, `_r5`, `_r10` and the same for a2v, among the clips in `rows`.
 
-    v2a asks with a clip's visual embedding for its own audio embedding among those of all rows. Chance is k / N. Where
-    truth is known, `category_only` is what a network expects that knows which kind of object sounds and nothing more:
-    it guesses among the clips of that kind.
+    v2a asks with a clip's visual embedding for its own audio embedding among those of all rows. Chance is k /
+    N. Where truth is known, `category_only` is what a network expects that knows which kind of object sounds
+    and nothing more: it guesses among the clips of that kind.
     """
     rows = list(rows)
     categories = [truth.category if (truth := clips.truths[row]) is not None else None for row in rows]
@@ -209,12 +212,16 @@ def retrieval_figures(clips: ClipSet, rows: Sequence[int], seed: int = 0) -> dic
     for direction in ("v2a", "a2v"):
         ranks = {}
         for name, encoded in clips.encoded.items():
-            sides = (encoded.embedding_v[rows], encoded.embedding_a[rows])
-            ranks[name] = retrieval_ranks(*(sides if direction == "v2a" else sides[::-1])).numpy() if rows else []
+            query, gallery = encoded.embedding_v[rows], encoded.embedding_a[rows]
+            if direction == "a2v":
+                query, gallery = gallery, query
+            ranks[name] = retrieval_ranks(query, gallery).tolist() if rows else []
         for k in RECALL_AT:
             hits = {name: [float(rank <= k) for rank in values] for name, values in ranks.items()}
             chance = min(1.0, k / len(rows)) if rows else 0.0
-            others = {"category_only": float(np.mean([min(1.0, k / count) for count in same]))} if known else {}
+            others = {}
+            if known:
+                others["category_only"] = float(np.mean([min(1.0, k / count) for count in same]))
             figures[f"retrieval_{direction}_r{k}"] = _figure(
                 hits["trained"], groups, chance, hits.get("untrained", []), seed, **others
             )
@@ -234,10 +241,10 @@ class ClipScore:
 def localisation_figures(
     clips: ClipSet, placed: Sequence[PlacedClip], seed: int = 0
 ) -> tuple[dict[str, dict[str, Any]], list[ClipScore]]:
-    """`{guided,predicted}_{pointing,prefers_sounding}_{easy,hard}` and a score for each clip with a silent object.
+    """`{guided,predicted}_{pointing,prefers_sounding}_{easy,hard}`, and a score per clip.
 
-    Pointing has `center`, the hit rate of the picture's center, and `time_mean`, the same figure for the maximum of
-    the map's mean over time, beside it.
+    Only clips with a silent object in sight have a score. Pointing has `center`, the hit rate of the
+    picture's center, and `time_mean`, the same figure for the maximum of the map's mean over time, beside it.
     """
     values: dict[tuple[str, str, str], list[float]] = {}  # by model, figure, part
     groups: dict[tuple[str, str], list[str]] = {}  # by figure without the map's name, part
@@ -302,10 +309,11 @@ def localisation_figures(
 def listening_figures(
     clips: ClipSet, placed: Sequence[PlacedClip], audio: AudioConfig, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """`{guided,predicted}_band_share_{easy,hard}`: share of an audio map's energy in the sounding timbre's bands.
+    """`{guided,predicted}_band_share_{easy,hard}`: audio maps' share of energy in the timbre's bands.
 
-    Chance is the same share in the bands of the other categories that occur, averaged: a map that always favors,
-    say, low frequencies gains nothing by it. `uniform` is the share of a constant map. Empty when no bands are known.
+    Chance is the same share in the bands of the other categories that occur, averaged: a map that always
+    favors, say, low frequencies gains nothing by it. `uniform` is the share of a constant map. Empty when no
+    bands are known.
     """
     center_hz = localisation.mel_center_hz(audio.num_mel_bins, 0, audio.sample_rate / 2)
     rows_of = {}
@@ -342,10 +350,10 @@ def listening_figures(
 
 
 def choose_retrieval_rows(clips: ClipSet, placed: Sequence[PlacedClip] | None, num_clips: int) -> list[int]:
-    """Rows for retrieval: the first `num_clips` in reading order, of the easy part's placed clips where truth is known.
+    """Rows for retrieval: the first `num_clips` in reading order; with truth, placed clips of the easy part.
 
-    The loader reads slot by slot and a slot holds each video once, so these are clips of different videos as far as
-    there are enough, then further seconds of the same videos.
+    The loader reads slot by slot and a slot holds each video once, so these are clips of different videos as
+    far as there are enough, then further seconds of the same videos.
     """
     if placed is None:
         return list(range(clips.num_clips))[:num_clips]
@@ -371,7 +379,8 @@ class Evaluation:
 def evaluate_clips(
     clips: ClipSet, audio: AudioConfig, *, num_retrieval_clips: int = 256, seed: int = 0
 ) -> Evaluation:
-    """All figures for encoded clips: localisation, listening and retrieval where truth is known, else retrieval.
+    """All figures for encoded clips: localisation, listening and retrieval where truth is known, else
+    retrieval.
 
     `clips.encoded` holds `trained` and, for comparison, `untrained`.
     """
@@ -386,7 +395,9 @@ def evaluate_clips(
     rows = choose_retrieval_rows(clips, placed, num_retrieval_clips)
     figures.update(retrieval_figures(clips, rows, seed))
     figures.update(listening_figures(clips, placed, audio, seed))
-    return Evaluation(clips=clips, figures=figures, scores=scores, retrieval_rows=rows, num_placed=len(placed))
+    return Evaluation(
+        clips=clips, figures=figures, scores=scores, retrieval_rows=rows, num_placed=len(placed)
+    )
 
 
 def evaluate_world(
@@ -405,10 +416,11 @@ def evaluate_world(
     Args:
         model: has `encode(frames uint8, log_mel) -> Encoded`.
         untrained: the same network with fresh weights from a seed; None leaves `untrained` empty.
-        batches: epochs of a loader without shuffling and augmentation, one slot each. Whole epochs are read until
-            there are `num_retrieval_clips` clips of the easy part, or no more batches.
+        batches: epochs of a loader without shuffling and augmentation, one slot each. Whole epochs are read
+            until there are `num_retrieval_clips` clips of the easy part, or no more batches.
         audio: the loader's configuration, for frequency bands.
-        world: folder of the generated world; None: videos without ground truth, then only retrieval is measured.
+        world: folder of the generated world; None: videos without ground truth, then only retrieval is
+            measured.
         num_retrieval_clips: size of the gallery.
         device: where the models are.
         seed: of the bootstrap.
@@ -424,7 +436,7 @@ def evaluate_world(
     clips = encode_clips(models, batches, world=world, device=device, enough=enough)
     if world is not None and all(truth is None for truth in clips.truths):
         raise ValueError(
-            f"{world}: no ground truth for any video of these shards (looked for {clips.clips[0].video_id} with "
-            ".json in it and in its test folder); give the folder that was sliced, or leave --world out"
+            f"{world}: no ground truth for any video of these shards (looked for {clips.clips[0].video_id} "
+            "with .json in it and in its test folder); give the folder that was sliced, or leave --world out"
         )
     return evaluate_clips(clips, audio, num_retrieval_clips=num_retrieval_clips, seed=seed)
