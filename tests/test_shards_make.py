@@ -1,0 +1,521 @@
+"""make_shards: the same bytes however it is run or interrupted, each video accounted for, wrong input refused."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tools import check_shards as check_tool
+from tools import make_shards as make_tool
+from tools.make_synthetic_videos import make_flash_beep_video, make_synthetic_videos
+
+import shards.make
+from shards.check import check_shards
+from shards.ffmpeg import find_ffmpeg, run_ffmpeg
+from shards.make import (
+    NothingKept,
+    ProgressListener,
+    ReportRow,
+    ShardConfig,
+    SilentProgress,
+    estimate_shards,
+    make_shards,
+    read_report,
+)
+from shards.manifest import read_manifest
+from shards.pool import JobFailed, Lost, run_jobs
+from shards.reader import ShardReader
+from shards.slicing import SliceSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = SliceSettings(max_clips=3, preset="ultrafast")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 usable videos of 1 to 4 seconds in two folders, and three that are not usable."""
+    folder = tmp_path_factory.mktemp("videos")
+    make_synthetic_videos(folder / "barking", num_videos=4, seconds=2.2, seed=1)
+    make_synthetic_videos(folder / "singing", num_videos=2, seconds=3.0, seed=2)
+    make_flash_beep_video(folder / "one second.mp4", seconds=1.2)
+    make_flash_beep_video(folder / "mute.mp4", seconds=1.2, sound="none")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "empty.mkv").write_bytes(b"")
+    (folder / "barking" / "video_000.json").write_text("{}")  # what belongs to a video is left alone
+    (folder / ".hidden.mp4").write_bytes(b"")
+    return folder
+
+
+def configure(videos: Path, out: Path, **changes: object) -> ShardConfig:
+    fields = dict(videos=str(videos), out=str(out), workers=2, videos_per_shard=4, slicing=FAST)
+    return ShardConfig(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `videos`, made without interruption."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    make_shards(configure(videos, out))
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_shards_hold_every_usable_second_in_slots(videos: Path, reference: Path) -> None:
+    result = check_shards(reference, decode=True)
+    assert result.problems == []
+    manifest = result.manifest
+    assert manifest.num_slots == 3 and manifest.num_videos == 7 and manifest.num_clips == 21
+    assert manifest.skipped == {"no-audio": 1, "undecodable": 2}
+    names = {path.name for path in reference.iterdir()}
+    stems = {f"train-slot{slot:02d}-{index:06d}" for slot in range(3) for index in range(3)}
+    assert {name for name in names if name.endswith(".tar")} <= {f"{stem}.tar" for stem in stems}
+    assert names - {f"{stem}.{suffix}" for stem in stems for suffix in ("tar", "idx")} == {"manifest.json", "report.csv"}
+    assert result.statistics.labels == {"barking": 4, "singing": 2}
+
+    by_slot: dict[int, list[str]] = {}
+    starts: dict[str, list[float]] = {}
+    for entry in manifest.shards:
+        with ShardReader(reference / entry.name) as reader:
+            for position in range(len(reader)):
+                info = reader.read(position).info
+                by_slot.setdefault(info.slot, []).append(info.video_id)
+                starts.setdefault(info.video_id, []).append(info.start_seconds)
+                assert info.end_seconds == pytest.approx(info.start_seconds + 1)
+    assert by_slot[0] == by_slot[1] == by_slot[2] and len(set(by_slot[0])) == 7
+    rows = {row.path: row for row in read_report(reference / "report.csv")}
+    assert set(rows) == {str(p.relative_to(videos)) for p in videos.rglob("[!.]*.m*")}
+    for name, seconds in starts.items():
+        assert len(set(seconds)) == rows[name].num_clips == min(rows[name].seconds, 3)
+        assert max(Counter(seconds).values()) - min(Counter(seconds).values()) <= 1  # repeats are spread evenly
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    workers: int, videos: Path, reference: Path, tmp_path: Path
+) -> None:
+    make_shards(configure(videos, tmp_path / "out", workers=workers))
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_another_seed_gives_another_order(videos: Path, reference: Path, tmp_path: Path) -> None:
+    make_shards(configure(videos, tmp_path / "out", seed=5))
+    orders = []
+    for folder in (reference, tmp_path / "out"):
+        ids = []
+        for entry in read_manifest(folder).slot_shards(0):
+            with ShardReader(folder / entry.name) as reader:
+                ids += [reader.read(position).info.video_id for position in range(len(reader))]
+        orders.append(ids)
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def run_tool(videos: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "--videos", str(videos), "--out", str(out)]
+    command += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast".split()
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=out.parent
+    )
+
+
+def finished_parts(out: Path) -> set[str]:
+    return {path.name for folder in (out, out / ".work") for path in folder.glob("*[0-9]*") if "tmp" not in path.name}
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(videos: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    wanted = contents(reference)
+    rng = random.Random(0)
+    num_killed = 0
+    while num_killed < 6:
+        before = finished_parts(out)
+        process = run_tool(videos, out)
+        while process.poll() is None and finished_parts(out) == before:
+            time.sleep(0.005)
+        time.sleep(0.15 * rng.random())
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)  # the workers are left to find out
+        process.wait()
+        num_killed += 1
+        for path in out.glob("*.tar"):
+            assert path.read_bytes() == wanted[path.name]  # never a torn one
+            assert path.with_suffix(".idx").read_bytes() == wanted[path.with_suffix(".idx").name]
+    assert num_killed >= 3
+    process = run_tool(videos, out)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert contents(out) == wanted
+
+
+class Crash(Exception):
+    """Stands for a kill in the tests below."""
+
+
+class CountingProgress(SilentProgress):
+    def __init__(self) -> None:
+        self.num_before = -1
+        self.done: list[str] = []
+        self.messages: list[str] = []
+
+    def start(self, num_videos: int, num_done: int) -> None:
+        self.num_before = num_done
+
+    def video_done(self, row: ReportRow) -> None:
+        self.done.append(row.path)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def test_stopped_at_every_step_nothing_is_done_twice(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run is stopped at its third rename or removal; all of them together do each video once."""
+    out = tmp_path / "out"
+    done: list[str] = []
+    finished = False
+    for attempt in range(40):
+        left = 3
+
+        def count_down() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+
+        def replace(source: str, target: str, real=os.replace) -> None:
+            count_down()
+            real(source, target)
+
+        def unlink(path: Path, missing_ok: bool = False, real=Path.unlink) -> None:
+            if path.name.startswith("video-"):
+                count_down()
+            real(path, missing_ok)
+
+        progress = CountingProgress()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            patch.setattr(Path, "unlink", unlink)
+            try:
+                make_shards(configure(videos, out, workers=1), progress)
+                finished = True
+            except Crash:
+                pass
+        done += progress.done
+        if finished:
+            break
+    assert finished and attempt > 3
+    assert sorted(done) == sorted(row.path for row in read_report(out / "report.csv"))
+    assert contents(out) == contents(reference)
+
+
+def test_finished_folder_is_left_alone(videos: Path, reference: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
+    progress = CountingProgress()
+    begin = time.monotonic()
+    assert make_shards(configure(videos, reference, workers=1), progress) == read_manifest(reference)
+    assert time.monotonic() - begin < 2
+    assert progress.done == [] and "nothing to do" in progress.messages[0]
+    assert {path.name: path.stat().st_mtime_ns for path in reference.iterdir()} == before
+
+
+def test_damaged_result_of_an_earlier_run_is_made_again(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(shards.make._Run, "_block_done", lambda *unused: (_ for _ in ()).throw(Crash()))
+        make_shards(configure(videos, out))
+    results = sorted((out / ".work").glob("video-*"))
+    results[0].write_bytes(results[0].read_bytes()[:-7])
+    results[1].write_bytes(b"")
+    make_shards(configure(videos, out))
+    assert contents(out) == contents(reference)
+
+
+def refused(config: ShardConfig, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_shards(config)
+
+
+def test_other_settings_on_a_finished_folder_are_refused(videos: Path, reference: Path, tmp_path: Path) -> None:
+    before = contents(reference)
+    refused(configure(videos, reference, seed=3), r"seed 0 \(now 3\).*choose another --out")
+    refused(configure(videos, reference, split="test"), r"split 'train' \(now 'test'\)")
+    refused(configure(videos, reference, videos_per_shard=5), r"videos_per_shard 4 \(now 5\)")
+    crf = dataclasses.replace(FAST, crf=30)
+    refused(configure(videos, reference, slicing=crf), r"crf 23 \(now 30\)")
+    refused(configure(videos / "barking", reference), "another list of videos")
+    assert contents(reference) == before
+
+
+def test_other_settings_on_an_unfinished_folder_are_refused(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(shards.make._Run, "work_off", lambda self: (_ for _ in ()).throw(Crash()))
+        make_shards(configure(videos, out))
+    refused(configure(videos, out, seed=3), r"unfinished run with seed 0 \(now 3\).*repeat the old command")
+    monkeypatch.setattr(shards.make, "ffmpeg_version", lambda program: "ffmpeg version 99")
+    refused(configure(videos, out), r"ffmpeg .*\(now 'ffmpeg version 99'\)")
+
+
+def test_folders_with_something_else_in_them_are_refused(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "old.tar").write_bytes(b"")
+    refused(configure(videos, tmp_path / "foreign"), "1 tar and idx files")
+    (tmp_path / "file").write_bytes(b"")
+    refused(configure(videos, tmp_path / "file"), "is a file")
+
+
+def test_missing_shard_of_a_finished_folder_is_told(videos: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    next(out.glob("*.tar")).unlink()
+    refused(configure(videos, out), "has no file, expected")
+
+
+def test_two_runs_at_once_are_refused(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    with shards.make._locked(tmp_path / "out" / ".work"):
+        refused(configure(videos, tmp_path / "out"), "written by another make_shards")
+
+
+def test_nothing_kept_is_an_error_and_the_report_tells_why(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"")
+    with pytest.raises(NothingKept, match="none of 1 videos.*undecodable 1"):
+        make_shards(configure(tmp_path / "videos", tmp_path / "out"))
+    assert [row.reason for row in read_report(tmp_path / "out" / "report.csv")] == ["undecodable"]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_names_that_are_not_text_survive(tmp_path: Path) -> None:
+    source = make_flash_beep_video(tmp_path / "good.mp4", seconds=1.3).read_bytes()
+    names = [b"not \xff utf8.mp4", b"new\nline,\"quoted\".mp4", "größe 声.mp4".encode(), b"[a]*?%d.mp4", b"-n.mp4"]
+    (tmp_path / "videos").mkdir()
+    for name in names:
+        (tmp_path / "videos" / os.fsdecode(name)).write_bytes(source)
+    make_shards(configure(tmp_path / "videos", tmp_path / "out"))
+    rows = read_report(tmp_path / "out" / "report.csv")
+    assert sorted(os.fsencode(row.path) for row in rows if row.status == "kept") == sorted(names)
+    result = check_shards(tmp_path / "out")
+    assert result.problems == []
+    with ShardReader(tmp_path / "out" / result.manifest.shards[0].name) as reader:
+        ids = {os.fsencode(reader.read(position).info.video_id) for position in range(len(reader))}
+    assert ids <= set(names) and len(ids) == 4
+
+
+def test_estimate_is_near_the_truth_and_writes_nothing(videos: Path, reference: Path, tmp_path: Path) -> None:
+    estimate = estimate_shards(configure(videos, tmp_path / "out"))
+    manifest = read_manifest(reference)
+    assert not (tmp_path / "out").exists()
+    assert (estimate.num_videos, estimate.num_sampled, estimate.num_kept) == (10, 10, 7)
+    assert estimate.num_clips == manifest.num_clips and estimate.num_distinct_clips == manifest.num_distinct_clips
+    assert estimate.num_bytes == pytest.approx(manifest.num_bytes, rel=0.1)
+
+
+# The command line.
+
+
+@pytest.mark.parametrize("start", [["tools/make_shards.py"], ["-m", "tools.make_shards"]])
+def test_tool_runs_both_ways(start: list[str], videos: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *start, "--videos", str(videos), "--out", str(tmp_path / "out"), "--max-clips", "1"]
+        + ["--workers", "1", "--preset", "ultrafast"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "7 videos kept" in done.stdout and "3 videos skipped: no-audio 1, undecodable 2" in done.stdout
+    assert "10/10 videos" in done.stderr and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, status, words",
+    [
+        ([], 2, "is not a folder"),
+        (["--max-clips", "0"], 2, "max_clips is 0"),
+        (["--workers", "0"], 2, "workers is 0, expected at least 1"),
+        (["--list", "/does/not/exist"], 2, "is not a folder"),
+    ],
+)
+def test_wrong_input_has_its_exit_status(
+    arguments: list[str], status: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_tool.main(["--videos", str(tmp_path / "no"), "--out", str(tmp_path / "out"), *arguments]) == status
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_the_tool(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--videos", str(videos), "--out", str(tmp_path / "out"), "--dry-run", "--preset", "ultrafast"]
+    assert make_tool.main(arguments) == 0
+    assert "10 videos; sliced 10 of them, kept 7" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def running_in_group(group: int) -> list[str]:
+    """Names of the processes of a group that are not zombies."""
+    names = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name, rest = (folder / "stat").read_text().split("(", 1)[1].rsplit(") ", 1)
+        except OSError:
+            continue
+        fields = rest.split()
+        if int(fields[2]) == group and fields[0] != "Z":
+            names.append(name)
+    return names
+
+
+def test_interrupt_ends_all_processes_and_can_go_on(videos: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = run_tool(videos, out)
+    deadline = time.monotonic() + 30
+    while not list(out.glob(".work/video-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "run the same command again" in output and "Traceback" not in output
+    deadline = time.monotonic() + 10  # for the resource tracker of multiprocessing
+    while running_in_group(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running_in_group(process.pid)
+    make_shards(configure(videos, out))
+    assert contents(out) == contents(reference)
+
+
+def test_check_tool_tells_what_is_wrong(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    assert check_tool.main([str(out), "--decode", "--contact-sheet", str(tmp_path / "sheet.png"), "--clips", "5"]) == 0
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "7 videos in 3 slots, 21 clips" in printed and "all is well" in printed
+
+    first, second = sorted(out.glob("*.tar"))[:2]
+    data = bytearray(first.read_bytes())
+    data[2000] ^= 1
+    first.write_bytes(data)
+    second.write_bytes(second.read_bytes()[:-10240])
+    (out / "train-slot00-000099.tar").write_bytes(b"")
+    assert check_tool.main([str(out), "--contact-sheet", ""]) == 1
+    errors = capsys.readouterr().err
+    for words in ("SHA-256 differs", ": checksum", "bytes, expected", "000099.tar: not in the manifest"):
+        assert words in errors
+    assert check_tool.main([str(tmp_path)]) == 2
+    assert "manifest.json does not exist" in capsys.readouterr().err
+
+
+def test_check_sees_slots_that_do_not_belong_together(reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    record = json.loads((out / "manifest.json").read_bytes())
+    for entry in record["shards"]:
+        if entry["slot"] == 1 and entry["index"] == 0:
+            entry["index"] = 7
+    (out / "manifest.json").write_text(json.dumps(record))
+    problems = check_shards(out).problems
+    assert any("index 7: slots [1]" in problem for problem in problems)
+    assert any("index 0: slots [0, 2]" in problem for problem in problems)
+
+
+def test_log_mel_statistics_are_printed(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    assert check_tool.main([str(reference), "--contact-sheet", "", "--log-mel-stats", "3"]) == 0
+    assert "log-mel of 3 clips: mean" in capsys.readouterr().out
+
+
+# Worker processes.
+
+
+def _behave(job: str) -> str:
+    if job == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if job == "hang":
+        time.sleep(60)
+    if job == "raise":
+        raise RuntimeError("something of ours is broken")
+    return job.upper()
+
+
+def test_jobs_that_crash_or_hang_cost_only_themselves() -> None:
+    jobs = ["a", "crash", "b", "hang", "c"]
+    begin = time.monotonic()
+    outcomes = dict(run_jobs(_behave, lambda: jobs.pop(0) if jobs else None, 2, limit_seconds=4))
+    assert outcomes == {"a": "A", "b": "B", "c": "C", "crash": Lost("crash"), "hang": Lost("timeout")}
+    assert time.monotonic() - begin < 40
+
+
+def test_job_that_raises_stops_everything_with_its_traceback() -> None:
+    jobs = ["raise"]
+    with pytest.raises(JobFailed, match="something of ours is broken"):
+        list(run_jobs(_behave, lambda: jobs.pop(0) if jobs else None, 1, limit_seconds=30))
+
+
+def test_full_disk_is_an_error_and_not_the_fault_of_the_video(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this machine")
+    command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=20", "-f", "wav", "-y", "/dev/full"]
+    with pytest.raises(OSError, match="No space left on device"):
+        run_ffmpeg(command, tmp_path, 60)
+
+
+def test_progress_listener_is_what_the_tool_gives() -> None:
+    listener: ProgressListener = SilentProgress()
+    listener.start(1, 0)
+
+
+# Real videos.
+
+ODD_VIDEOS = {
+    "av1_video.mkv": ("no-audio", 0),
+    "corrupted.mp4": ("no-audio", 0),
+    "first_vid.mp4": ("no-video", 0),
+    "h265_video.mp4": ("no-audio", 0),
+    "mmaction2_demo.mp4": ("no-audio", 0),
+    "no_duration.webm": ("silent", 0),
+    "silence_girl.mp4": ("no-audio", 0),
+    "tinyavi.avi": ("too-short", 0),
+    "truncated_50pct.mkv": ("truncated", 4),  # 5.0 s of picture, 4.994 s of sound
+    "truncated_60pct.mp4": ("undecodable", 0),
+    "video_90.mov": ("no-audio", 0),
+    "video_with_failing_audio.mp4": ("", 4),  # 11 whole seconds; the sound is zero after 4.x s
+    "zero_bytes.mp4": ("undecodable", 0),
+}
+
+
+def test_odd_real_videos_have_the_right_reasons(
+    real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = real_data / "odd_videos"
+    if not folder.is_dir():
+        pytest.skip(f"no odd_videos in {real_data}")
+    out = tmp_path / "out"
+    assert make_tool.main(["--videos", str(folder), "--out", str(out), "--workers", "2"]) == 0
+    rows = {row.path: row for row in read_report(out / "report.csv")}
+    assert set(rows) == {path.name for path in folder.iterdir()}
+    for name, (reason, num_clips) in ODD_VIDEOS.items():
+        if name in rows:
+            row = rows[name]
+            assert (row.reason, row.num_clips) == (reason, num_clips), name
+            assert row.status == ("kept" if num_clips else "skipped")
+    assert check_shards(out, decode=True).problems == []
