@@ -160,7 +160,7 @@ def demo(shards: str = "runs/demo/shards/train") -> RunConfig:
     return RunConfig(
         run_dir="runs/demo",
         epochs=1000,
-        max_steps=500,
+        max_steps=640,
         device="cpu",
         precision="fp32",
         log_every=10,
@@ -175,8 +175,8 @@ def demo(shards: str = "runs/demo/shards/train") -> RunConfig:
             audio=AudioConfig(time_warp_steps=0, frequency_mask_bins=12),
         ),
         model=ModelConfig(
-            video=VideoEncoderConfig(widths=(16, 32, 64), blocks=(1, 1, 1), stem_width=12),
-            audio=AudioEncoderConfig(widths=(16, 32, 64), blocks=(1, 1, 1)),
+            video=VideoEncoderConfig(widths=(8, 24, 64), blocks=(1, 1, 1), stem_width=8),
+            audio=AudioEncoderConfig(widths=(8, 24, 64), blocks=(1, 1, 1)),
             attention=AttentionConfig(),
             filter_channels=64,
             embedding_dim=32,

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cmac.provenance import usable_cores
 from shards.manifest import read_manifest
 from shards.sources import videos_of_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_VIDEOS = 500
-TEST_VIDEOS = 544  # half of them easy, nine in ten of those with the sounding object in view
+TEST_VIDEOS = 440  # half of them easy, nine in ten of those with the sounding object in view
 WORLD_SLOTS = 6
 """Seconds taken of a generated training video; they last 4 to 10."""
 BATCH = 32
@@ -97,10 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     num_videos = read_manifest(ROOT / train_shards).num_videos
     if num_videos < 2:
         raise SystemExit(f"demo: {num_videos} video gave clips, and contrastive learning needs at least 2; see report.csv")
-    torchrun = [str(Path(python).with_name("torchrun")), "--standalone", "--nproc-per-node", "1"]
+    ranks = min(2, usable_cores())
+    torchrun = [str(Path(python).with_name("torchrun")), "--standalone", "--nproc-per-node", str(ranks)]
     train = [*torchrun, "train.py", "demo", "--run-dir", str(run_dir), "--loader.shards", str(train_shards)]
     if num_videos < BATCH:
-        train += ["--loader.global-batch-size", str(num_videos)]
+        train += ["--loader.global-batch-size", str(num_videos - num_videos % ranks)]
     if steps is not None:
         train += ["--max-steps", str(steps)]
     run("pretrain", train)
