@@ -27,7 +27,7 @@ class ReportRow:
     status: str
     """`kept` or `skipped`."""
     reason: str
-    """Why it was skipped. A kept video may have `truncated`: its header promises more seconds than are there."""
+    """Why it was skipped. A kept video may have `truncated` or `damaged`: its header promises more than is there."""
     num_clips: int
     """Different seconds that are kept."""
     seconds: int

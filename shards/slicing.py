@@ -2,8 +2,9 @@
 
 Time is counted on the source's presentation clock from the start of its container. Clips lie on a grid of seconds
 that starts where both streams have started, so nothing is made up at the front; a second counts as there only if the
-pass over the file really produced 32 frames and 24,000 samples for it, so nothing is made up at the end. The header's
-durations are only a hint: where the pass finds less than they promise, a second pass takes all that is there.
+pass over the file really produced 32 frames and 24,000 samples for it, so nothing is made up at the end; and where
+ffmpeg reports errors, seconds that touch a part that does not decode are left out, so nothing is made up in between.
+The header's durations are only a hint: where the pass finds less than they promise, a second one takes what is there.
 """
 
 import io
@@ -17,6 +18,7 @@ import av
 import av.logging
 import numpy as np
 
+from shards.damage import find_damage
 from shards.ffmpeg import AUDIO_FILE, FORMATS, PROTOCOLS, FfmpegTimeout, SliceCommand, run_ffmpeg
 from shards.order import hash_fraction, shuffled
 from shards.schema import (
@@ -31,7 +33,7 @@ from shards.schema import (
 
 HALF_FRAME_SECONDS = 0.5 / FPS
 """The video is on a grid of 1/32 s, to which times are rounded."""
-AUDIO_SLACK_SECONDS = 1e-4
+TIME_SLACK_SECONDS = 1e-4
 """For comparing times that are sums of rounded ones."""
 MAX_PROBE_PACKETS = 500
 """The first frame is looked for in so many packets."""
@@ -110,8 +112,8 @@ class VideoProbe:
         """
         if self.video_end_seconds is None or self.audio_end_seconds is None:
             return None
-        end = min(self.video_end_seconds + HALF_FRAME_SECONDS, self.audio_end_seconds + AUDIO_SLACK_SECONDS)
-        return max(min(end - self.start_seconds, max_seconds + AUDIO_SLACK_SECONDS), 0.0)
+        end = min(self.video_end_seconds + HALF_FRAME_SECONDS, self.audio_end_seconds + TIME_SLACK_SECONDS)
+        return max(min(end - self.start_seconds, max_seconds + TIME_SLACK_SECONDS), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,8 @@ class SlicedVideo:
     """What is left of a video."""
 
     reason: str
-    """Why there are no clips; with clips: '', or 'truncated' if the header promised a second more than is there."""
+    """Why there are no clips. With clips: '', or why there are fewer seconds than the header promises: 'truncated' if
+    the end is missing, 'damaged' if some in between do not decode."""
     seconds: int
     """Whole seconds in which picture and sound are both there, silent ones included."""
     clips: tuple[SlicedClip, ...] = ()
@@ -211,30 +214,32 @@ def _slice_probed(
             return _collect(Path(folder), start, chosen, geometry.frame_size, settings.max_seconds, finished.errors)
 
     result = one_pass(start, chosen)
-    if chosen is not None and (len(result.clips) < len(chosen) or result.more_audio_than(promised)):
-        # The header lied, or the end cannot be decoded. Without choice and shift, nothing that is there is lost.
-        result = one_pass(probe.start_seconds, None)
-        order = shuffled(range(result.seconds), seed, "choice", video_id)
+    damage = []
+    if result.errors:
+        damage = find_damage(path, probe.video_stream, probe.audio_stream, probe.start_seconds + settings.max_seconds)
+    if chosen is not None and (len(result.clips) < len(chosen) or result.more_audio_than(promised) or damage):
+        # The header lied, or not everything decodes. Without choice and shift, nothing that is there is lost.
+        chosen, result = None, one_pass(probe.start_seconds, None)
+    clips = [clip for clip in result.clips if not _overlaps(clip, damage)]
+    if chosen is None:
+        whole = len(clips)
+        order = shuffled((clip.second for clip in clips), seed, "choice", video_id)
         kept = set(order[: settings.max_clips])
-        whole = result.seconds
-        clips = [clip for clip in result.clips if clip.second in kept]
-    elif chosen is None:
-        whole = result.seconds
-        kept = set(shuffled(range(whole), seed, "choice", video_id)[: settings.max_clips])
-        clips = [clip for clip in result.clips if clip.second in kept]
+        clips = [clip for clip in clips if clip.second in kept]
     else:
         whole = promised
-        clips = result.clips
-    cut_short = promised is not None and whole < promised
+    flaw = ""
+    if promised is not None and whole < promised:
+        flaw = "damaged" if len(result.clips) > whole else "truncated"
     if not clips:
         if not result.any_video or not result.any_audio:
             raise Unusable("undecodable")
-        raise Unusable("truncated" if cut_short else "too-short")
+        raise Unusable(flaw or "too-short")
     loud = tuple(clip for clip in clips if clip.loudness_dbfs >= settings.silence_dbfs)
     if not loud:
         return SlicedVideo(reason="silent", seconds=whole)
     return SlicedVideo(
-        reason="truncated" if cut_short else "",
+        reason=flaw,
         seconds=whole,
         clips=loud,
         probe=probe,
@@ -364,13 +369,16 @@ def frame_geometry(width: int, height: int, pixel_aspect: float = 1.0) -> Geomet
     )
 
 
+def _overlaps(clip: SlicedClip, damage: list[tuple[float, float]]) -> bool:
+    begin, end = clip.start_seconds, clip.start_seconds + 1
+    return any(start < end - TIME_SLACK_SECONDS and stop > begin + TIME_SLACK_SECONDS for start, stop in damage)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
     """What a pass left in its folder."""
 
     clips: tuple[SlicedClip, ...]
-    seconds: int
-    """Whole seconds, counted from the first to the last clip."""
     audio_seconds: float
     """After the start of the grid."""
     any_video: bool
@@ -422,7 +430,6 @@ def _collect(
         )
     return _Pass(
         clips=tuple(clips),
-        seconds=clips[-1].second + 1 if clips else 0,
         audio_seconds=(len(waveform) - first) / SAMPLE_RATE,
         any_video=bool(paths) and paths[0].stat().st_size > 0,
         any_audio=len(waveform) > 0,

@@ -312,6 +312,31 @@ def really_there(path: Path) -> tuple[float, float]:
     return frames / 25, samples / 44100
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("kind", ["zeros", "flipped bits", "hole"])
+def test_seconds_that_do_not_decode_are_left_out(kind: str, suffix: str, tmp_path: Path) -> None:
+    """ffmpeg would repeat frames, guess blocks and fill in silence, and exit with 0."""
+    path = make_flash_beep_video(tmp_path / f"a{suffix}", seconds=6.0)
+    data = bytearray(path.read_bytes())
+    half, part = len(data) // 2, len(data) // 6
+    if kind == "zeros":
+        data[half : half + part] = bytes(part)
+    elif kind == "flipped bits":
+        for position in np.random.default_rng(0).integers(half, half + part, 40):
+            data[position] ^= 0x5A
+    elif suffix == ".mkv":
+        del data[half : half + part]
+    else:
+        data[half : half + part] = data[:part]
+    path.write_bytes(data)
+    sliced = slice_file(path)
+    assert sliced.reason == "damaged"
+    assert [clip.second for clip in sliced.clips] in ([0, 1, 2, 5], [0, 1, 2, 4, 5], [0, 1, 2])
+    assert sliced.seconds == len(sliced.clips)
+    assert min(clip.loudness_dbfs for clip in sliced.clips) > -16
+    assert max(map(abs, offsets_seconds(sliced))) <= OUTPUT_FRAME_SECONDS + 1e-3
+
+
 def test_truncated_mp4_without_index_is_undecodable(tmp_path: Path) -> None:
     path = make_flash_beep_video(tmp_path / "a.mp4", seconds=3.0)
     path.write_bytes(path.read_bytes()[:-3000])
