@@ -16,7 +16,16 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-LIBRARIES = ("torch", "torchaudio", "nvidia-dali-cuda130", "av", "webdataset", "numpy", "imageio-ffmpeg", "ffmpeg-python")
+LIBRARIES = (
+    "torch",
+    "torchaudio",
+    "nvidia-dali-cuda130",
+    "av",
+    "webdataset",
+    "numpy",
+    "imageio-ffmpeg",
+    "ffmpeg-python",
+)
 
 
 def machine_info() -> dict[str, Any]:
@@ -62,7 +71,9 @@ def cpu_seconds() -> float:
 
 def peak_memory_bytes() -> int:
     """Largest resident set of this process or of one of its ended children (Linux)."""
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return 1024 * max(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 def make_row(benchmark: str, variant: str, config: dict[str, Any], **measured: Any) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """How much of bare ffmpeg's speed make_shards keeps.
 
-    python benchmarks/make_shards.py [--videos FOLDER] [--num-videos 48] [--repeats 3] [--workers N] [--note TEXT]
+    python benchmarks/make_shards.py [--videos FOLDER] [--num-videos 48] [--repeats 3] [--workers N]
+        [--note TEXT]
 
-Both sides slice the same videos with the same number of processes, in turns, and are judged by CPU time per clip, so
-that other work on the machine disturbs less, and by wall time. The bare side is one ffmpeg command per video that
-decodes, converts and encodes the same seconds with the same options, with nothing checked and no tar written.
-make_shards is measured whole: starting processes, probing, ffmpeg, decoding every clip back, results on disk, shards.
-Starting the processes costs the same for 10 videos and for 300,000; it is measured apart, too.
+Both sides slice the same videos with the same number of processes, in turns, and are judged by CPU time per
+clip, so that other work on the machine disturbs less, and by wall time. The bare side is one ffmpeg command
+per video that decodes, converts and encodes the same seconds with the same options, with nothing checked and
+no tar written. make_shards is measured whole: starting processes, probing, ffmpeg, decoding every clip back,
+results on disk, shards. Starting the processes costs the same for 10 videos and for 300,000; it is measured
+apart, too.
 """
 
 import argparse
@@ -32,7 +34,14 @@ from shards.make import ShardConfig, make_shards  # noqa: E402
 from shards.pool import run_jobs  # noqa: E402
 from shards.results import ResultFile, write_result  # noqa: E402
 from shards.schema import FPS  # noqa: E402
-from shards.slicing import SliceSettings, Unusable, decoded_frames, frame_geometry, probe_video, slice_video  # noqa: E402
+from shards.slicing import (  # noqa: E402
+    SliceSettings,
+    Unusable,
+    decoded_frames,
+    frame_geometry,
+    probe_video,
+    slice_video,
+)
 from shards.sources import SourceVideo, videos_of_folder  # noqa: E402
 from tools.make_synthetic_videos import make_flash_beep_video  # noqa: E402
 
@@ -54,7 +63,9 @@ def make_videos(folder: Path, num_videos: int) -> None:
         )
 
 
-def bare_commands(videos: list[SourceVideo], settings: SliceSettings, program: str) -> tuple[list[list[str]], int]:
+def bare_commands(
+    videos: list[SourceVideo], settings: SliceSettings, program: str
+) -> tuple[list[list[str]], int]:
     """One command per usable video, and how many clips they give together."""
     commands, num_clips = [], 0
     for video in videos:
@@ -137,7 +148,9 @@ def where_time_goes(videos: list[SourceVideo], settings: SliceSettings, program:
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="make_shards benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make_shards benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--videos", metavar="FOLDER", help="real videos (default: generated ones)")
     parser.add_argument("--num-videos", type=int, default=48, help="to generate (default: 48)")
@@ -173,7 +186,10 @@ def main(argv: list[str] | None = None) -> int:
             cpu["bare"].append((cpu_seconds() - used) / bare_clips)
             begin, used = time.monotonic(), cpu_seconds()
             config = ShardConfig(
-                videos=str(folder), out=str(Path(scratch) / f"out{repeat}"), workers=args.workers, slicing=settings
+                videos=str(folder),
+                out=str(Path(scratch) / f"out{repeat}"),
+                workers=args.workers,
+                slicing=settings,
             )
             manifest = make_shards(config)
             rates["make"].append(manifest.num_distinct_clips / (time.monotonic() - begin))
@@ -190,14 +206,14 @@ def main(argv: list[str] | None = None) -> int:
     print(f"ceiling: bare ffmpeg, {ceiling['median']:.1f} clips/s per core")
     print(f"{'':24s}{'clips/s per core':>18s}{'CPU ms per clip':>18s}{'clips/s, wall':>16s}")
     for name, label in (("bare", "bare ffmpeg"), ("make", "make_shards")):
+        cost = quantiles(cpu[name])["median"]
         print(
-            f"{label:24s}{1 / quantiles(cpu[name])['median']:18.1f}{1000 * quantiles(cpu[name])['median']:18.1f}"
-            f"{quantiles(rates[name])['median']:16.1f}"
+            f"{label:24s}{1 / cost:18.1f}{1000 * cost:18.1f}{quantiles(rates[name])['median']:16.1f}"
         )
     share = quantiles(cpu_shares)["median"]
     print(
-        f"make_shards / bare: {share:.3f} per core, {quantiles(shares)['median']:.3f} by wall time with {args.workers} "
-        f"workers, start of processes included (target {TARGET} per core)"
+        f"make_shards / bare: {share:.3f} per core, {quantiles(shares)['median']:.3f} by wall time with "
+        f"{args.workers} workers, start of processes included (target {TARGET} per core)"
     )
     print(
         f"without the start of {args.workers} processes ({1000 * start:.0f} CPU ms, once per run): "

@@ -1,4 +1,4 @@
-"""Is a folder of shards whole, and what is in it: verification against the manifest, statistics, a contact sheet."""
+"""Is a folder of shards whole, and what is in it: verification, statistics, a contact sheet."""
 
 import hashlib
 import io
@@ -61,7 +61,8 @@ def check_shards(
     """Compare every shard with the manifest, every member with its checksum, and slots with each other.
 
     Args:
-        decode: decode the video of every clip, too (checksums already tell that it is what was decoded when written).
+        decode: decode the video of every clip, too (checksums already tell that it is what was decoded when
+            written).
         on_shard: called after each shard.
 
     Raises:
@@ -141,7 +142,8 @@ def _check_shard(
     with reader:
         if len(reader) != entry.num_clips:
             problem(f"{len(reader)} clips by its index, expected {entry.num_clips}")
-        names = [f"{reader.key(position)}.{suffix}" for position in range(len(reader)) for suffix in MEMBER_SUFFIXES]
+        keys_in_order = [reader.key(position) for position in range(len(reader))]
+        names = [f"{key}.{suffix}" for key in keys_in_order for suffix in MEMBER_SUFFIXES]
         try:
             with tarfile.open(path, "r:") as tar:
                 members = [member.name for member in tar]
@@ -163,14 +165,15 @@ def _check_shard(
             if info.slot != entry.slot or not info.key.endswith(f"_{entry.slot:02d}"):
                 problem(f"clip {info.key}: of slot {info.slot}, expected {entry.slot}")
             if (info.frame_width, info.frame_height) not in FRAME_SIZES:
-                problem(f"clip {info.key}: frame size {info.frame_width}x{info.frame_height} is not one of the schema")
+                size_text = f"{info.frame_width}x{info.frame_height}"
+                problem(f"clip {info.key}: frame size {size_text} is not one of the schema")
             if decode:
                 sizes = decoded_frames(clip.video)
                 if sizes != [(info.frame_width, info.frame_height)] * FRAMES_PER_CLIP:
                     problem(f"clip {info.key}: {len(sizes)} frames decode, of sizes {sorted(set(sizes))}")
-                samples = waveform(clip)
-                if abs(loudness_dbfs(samples) - info.loudness_dbfs) > 0.02:
-                    problem(f"clip {info.key}: loudness {loudness_dbfs(samples)}, key.json has {info.loudness_dbfs}")
+                loudness = loudness_dbfs(waveform(clip))
+                if abs(loudness - info.loudness_dbfs) > 0.02:
+                    problem(f"clip {info.key}: loudness {loudness}, key.json has {info.loudness_dbfs}")
             found.video_ids.append(info.video_id)
             starts.setdefault(info.video_id, set()).add(info.start_seconds)
             label_of[info.video_id] = info.label
@@ -195,7 +198,9 @@ def _check_slots(manifest: Manifest, videos_of: dict[int, dict[int, list[str]]])
         seen.update(first)
         for slot, ids in sorted(by_slot.items()):
             if ids != first:
-                problems.append(f"index {index}: slot {slot} does not hold the videos of slot {min(by_slot)} in order")
+                problems.append(
+                    f"index {index}: slot {slot} does not hold the videos of slot {min(by_slot)} in order"
+                )
     repeated = [name for name, count in seen.items() if count > 1]
     if repeated:
         problems.append(f"{len(repeated)} videos are in a slot more than once, for example {repeated[0]!r}")
@@ -215,14 +220,18 @@ def waveform(clip: RawClip) -> np.ndarray:
     return np.frombuffer(clip.audio[len(WAV_HEADER) :], "<i2")
 
 
-def spread_clips(folder: str | os.PathLike, manifest: Manifest, num_clips: int, slot: int = 0) -> Iterator[RawClip]:
+def spread_clips(
+    folder: str | os.PathLike, manifest: Manifest, num_clips: int, slot: int = 0
+) -> Iterator[RawClip]:
     """About `num_clips` clips of one slot, evenly spread over it; damaged ones are left out."""
     shards = manifest.slot_shards(slot)
     total = sum(shard.num_clips for shard in shards)
-    wanted = {total * number // num_clips for number in range(min(num_clips, total))} if total > num_clips else None
+    wanted = set(range(total))
+    if total > num_clips:
+        wanted = {total * number // num_clips for number in range(num_clips)}
     first = 0
     for shard in shards:
-        chosen = [p for p in range(shard.num_clips) if wanted is None or first + p in wanted]
+        chosen = [p for p in range(shard.num_clips) if first + p in wanted]
         first += shard.num_clips
         if not chosen:
             continue
@@ -239,7 +248,11 @@ def spread_clips(folder: str | os.PathLike, manifest: Manifest, num_clips: int, 
 
 
 def write_contact_sheet(
-    path: str | os.PathLike, folder: str | os.PathLike, manifest: Manifest, num_clips: int = 48, columns: int = 8
+    path: str | os.PathLike,
+    folder: str | os.PathLike,
+    manifest: Manifest,
+    num_clips: int = 48,
+    columns: int = 8,
 ) -> int:
     """Write a PNG with the middle frame and the waveform of some clips; returns how many.
 
@@ -268,9 +281,12 @@ def _tile(clip: RawClip) -> Image.Image:
         draw.text((8, 8), f"{clip.info.key}\ndoes not decode", fill="red")
     else:
         picture.thumbnail((THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT))
-        tile.paste(picture, ((THUMBNAIL_WIDTH - picture.width) // 2, (THUMBNAIL_HEIGHT - picture.height) // 2))
+        tile.paste(
+            picture, ((THUMBNAIL_WIDTH - picture.width) // 2, (THUMBNAIL_HEIGHT - picture.height) // 2)
+        )
     samples = waveform(clip).astype(np.float32)
-    peaks = np.abs(samples[: len(samples) // THUMBNAIL_WIDTH * THUMBNAIL_WIDTH]).reshape(THUMBNAIL_WIDTH, -1).max(1)
+    whole = len(samples) // THUMBNAIL_WIDTH * THUMBNAIL_WIDTH
+    peaks = np.abs(samples[:whole]).reshape(THUMBNAIL_WIDTH, -1).max(1)
     middle = THUMBNAIL_HEIGHT + WAVE_HEIGHT / 2
     for x, peak in enumerate(peaks / 32768 * WAVE_HEIGHT / 2):
         draw.line([(x, middle - peak), (x, middle + peak)], fill=(40, 80, 160))

@@ -1,4 +1,5 @@
-"""Which parts of a damaged file do not decode. ffmpeg hides them: it repeats frames, guesses blocks, fills in silence."""
+"""Which parts of a damaged file do not decode. ffmpeg hides them: it repeats frames, guesses blocks, fills in
+silence."""
 
 from collections.abc import Iterator
 
@@ -15,11 +16,11 @@ Span = tuple[float, float]
 
 
 def find_damage(path: str, video_stream: int, audio_stream: int, read_seconds: float) -> list[Span]:
-    """(start, end) in seconds after the start of the container, not sorted, may overlap. Only for files in which ffmpeg
-    reported errors: the file is decoded once more, strictly.
+    """(start, end) in seconds after the start of the container, not sorted, may overlap. Only for files in
+    which ffmpeg reported errors: the file is decoded once more, strictly.
 
-    A part is damaged where a packet of either stream does not decode without error, where packets are missing, and in
-    the picture from there to the next key frame. Raises nothing for what is in the file.
+    A part is damaged where a packet of either stream does not decode without error, where packets are
+    missing, and in the picture from there to the next key frame. Raises nothing for what is in the file.
     """
     spans: list[Span] = []
     options = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}

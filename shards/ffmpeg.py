@@ -20,7 +20,8 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,mpegts,mpeg,asf,asf_o,ogg,rm,mxf,nut,wtv,dv,"
     "mp3,wav,aac,flac"
 )
-"""Containers that are read. A playlist (HLS, concat, ...) could make ffmpeg read other files, so none is among them."""
+"""Containers that are read. A playlist (HLS, concat, ...) could make ffmpeg read other files, so none is
+among them."""
 AUDIO_FILE = "audio.raw"
 VIDEO_PATTERN = "video%04d.mp4"
 SOURCE = "<source>"
@@ -46,16 +47,17 @@ class SliceCommand:
     crop_offset: tuple[int, int]
     frame_size: tuple[int, int]
     scale_first: bool
-    """Scale before the change of frame rate (which repeats frames if the source has fewer than 32 per second)."""
+    """Scale before the change of frame rate (which repeats frames if the source has fewer than 32 per
+    second)."""
     crf: int
     preset: str
 
     def build(self, program: str) -> list[str]:
         """Command line, for a working folder in which it leaves `VIDEO_PATTERN` per clip and `AUDIO_FILE`.
 
-        Frame k of the output shows the source at start_seconds + k/32 (the frame nearest in time). The audio file holds
-        raw 16-bit mono samples at 24 kHz from the start of the container on, silence filled in where a stream starts
-        late or has holes, so that sample n is at n/24000 s on the same clock.
+        Frame k of the output shows the source at start_seconds + k/32 (the frame nearest in time). The audio
+        file holds raw 16-bit mono samples at 24 kHz from the start of the container on, silence filled in
+        where a stream starts late or has holes, so that sample n is at n/24000 s on the same clock.
         """
         source = ffmpeg.input(
             SOURCE,
@@ -69,7 +71,9 @@ class SliceCommand:
             video = self._scale(video)
         video = video.filter("fps", fps=FPS, start_time=f"{self.start_seconds:.6f}", round="near")
         if self.seconds is not None and self.seconds != tuple(range(len(self.seconds))):
-            video = video.filter("select", "+".join(f"eq(floor(n/{FRAMES_PER_CLIP}),{k})" for k in self.seconds))
+            video = video.filter(
+                "select", "+".join(f"eq(floor(n/{FRAMES_PER_CLIP}),{k})" for k in self.seconds)
+            )
         # From 0 on, without holes: the muxer would fill up to the first time stamp.
         video = video.filter("setpts", f"N/({FPS}*TB)")
         if not self.scale_first:
@@ -79,7 +83,13 @@ class SliceCommand:
             video.filter("crop", width, height, *self.crop_offset)
             .filter("setsar", 1)
             .filter("format", "yuv420p")
-            .filter("setparams", range="tv", colorspace="smpte170m", color_primaries="smpte170m", color_trc="smpte170m")
+            .filter(
+                "setparams",
+                range="tv",
+                colorspace="smpte170m",
+                color_primaries="smpte170m",
+                color_trc="smpte170m",
+            )
         )
         limit = {} if self.seconds is None else {"frames:v": FRAMES_PER_CLIP * len(self.seconds)}
         video_output = ffmpeg.output(
@@ -108,9 +118,10 @@ class SliceCommand:
             },
             **limit,
         )
-        # rematrix_maxval: otherwise the gain of a mix to mono depends on the sample format. min_hard_comp: time stamps
-        # that are further off than this (0.1 s by default) are followed; it must be below one output frame.
-        # aformat, not -ac 1: that would put a second resampler behind this one, without these options.
+        # rematrix_maxval: otherwise the gain of a mix to mono depends on the sample format. min_hard_comp:
+        # time stamps that are further off than this (0.1 s by default) are followed; it must be below one
+        # output frame. aformat, not -ac 1: that would put a second resampler behind this one, without these
+        # options.
         audio = (
             source[str(self.audio_stream)]
             .filter(
@@ -122,10 +133,10 @@ class SliceCommand:
         )
         audio_output = ffmpeg.output(audio, AUDIO_FILE, f="s16le", **{"c:a": "pcm_s16le"})
         command = ffmpeg.merge_outputs(video_output, audio_output).global_args(
-            "-nostdin", "-hide_banner", "-loglevel", "error", "-filter_threads", "1", "-filter_complex_threads", "1"
+            *"-nostdin -hide_banner -loglevel error -filter_threads 1 -filter_complex_threads 1".split()
         )
-        # ffmpeg-python cannot hold names that are not UTF-8, so the name is put in here. "file:" keeps names such as
-        # "concat:a" or "-y" from being anything but a name.
+        # ffmpeg-python cannot hold names that are not UTF-8, so the name is put in here. "file:" keeps names
+        # such as "concat:a" or "-y" from being anything but a name.
         words = command.overwrite_output().compile(cmd=program)
         return [f"file:{os.path.abspath(self.path)}" if word == SOURCE else word for word in words]
 
@@ -224,5 +235,7 @@ def run_ffmpeg(command: Sequence[str], folder: Path, timeout_seconds: float) -> 
             process.stderr.close()
     text = errors.decode("utf-8", "replace")
     if FULL_DISK in text:
-        raise OSError(f"{folder}: {FULL_DISK}; make room and run the same command again, it goes on where it stopped")
+        raise OSError(
+            f"{folder}: {FULL_DISK}; make room and run the same command again, it goes on where it stopped"
+        )
     return Finished(return_code=process.returncode, errors=text[-4000:])

@@ -1,10 +1,10 @@
 """Videos -> a folder of shards: the engine behind `tools/make_shards.py`.
 
-The videos are put in random order once, by seed, and cut into blocks of `videos_per_shard`. A block becomes one shard
-per slot; what is in it depends on the seed and the list of videos alone. Workers leave one result file per video in
-`OUT/.work`; when all of a block's are there, its shards are written, a record of the block replaces them, and after
-the last block the report and the manifest are written, and `OUT/.work` goes. Every step ends in a rename, so a run
-that was killed goes on where it stopped.
+The videos are put in random order once, by seed, and cut into blocks of `videos_per_shard`. A block becomes
+one shard per slot; what is in it depends on the seed and the list of videos alone. Workers leave one result
+file per video in `OUT/.work`; when all of a block's are there, its shards are written, a record of the block
+replaces them, and after the last block the report and the manifest are written, and `OUT/.work` goes. Every
+step ends in a rename, so a run that was killed goes on where it stopped.
 """
 
 import csv
@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.ffmpeg import ffmpeg_version, find_ffmpeg
-from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_atomically, write_manifest
+from shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
 from shards.order import shuffled
 from shards.pool import Lost, run_jobs, usable_cores
 from shards.results import ReportRow, ResultFile, write_result
@@ -126,7 +133,8 @@ def make_shards(config: ShardConfig, progress: ProgressListener | None = None) -
     """Write the shards, or finish writing them, or do nothing if they are there. Returns their manifest.
 
     Raises:
-        ValueError: wrong input, or `out` holds shards of other videos or settings, or another run is writing there.
+        ValueError: wrong input, or `out` holds shards of other videos or settings, or another run is writing
+        there.
         NothingKept: no video gave a clip; `report.csv` tells why.
         OSError: the disk is full, or such.
     """
@@ -194,8 +202,8 @@ def _finished_manifest(out: Path, identity: dict[str, Any]) -> Manifest | None:
         size = path.stat().st_size if path.exists() else None
         if size != shard.bytes or not path.with_suffix(".idx").exists():
             raise ValueError(
-                f"{path} has {'no file' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes and an index "
-                f"by {MANIFEST_NAME}; copy it again, or delete {MANIFEST_NAME} and all shards and run again"
+                f"{path} has {'no file' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes "
+                f"and an index by {MANIFEST_NAME}; copy it again, or delete {MANIFEST_NAME} and all shards and run again"
             )
     return manifest
 
@@ -207,8 +215,8 @@ def _refuse_foreign_shards(out: Path) -> None:
         foreign = sorted(path.name for path in out.iterdir() if path.suffix in (".tar", ".idx"))
         if foreign:
             raise ValueError(
-                f"{out} has {len(foreign)} tar and idx files ({foreign[0]}, ...) but neither manifest nor an unfinished "
-                f"run; expected an empty folder: choose another --out, or delete them"
+                f"{out} has {len(foreign)} tar and idx files ({foreign[0]}, ...) but neither manifest nor an "
+                f"unfinished run; expected an empty folder: choose another --out, or delete them"
             )
 
 
@@ -224,8 +232,8 @@ def _write_plan(work: Path, identity: dict[str, Any], version: str) -> None:
         different.append(f"ffmpeg {old.get('ffmpeg')!r} (now {version!r})")
     if different:
         raise ValueError(
-            f"{work.parent} holds an unfinished run with {', '.join(different)}; expected the same, to go on with it: "
-            f"repeat the old command, choose another --out, or delete that folder"
+            f"{work.parent} holds an unfinished run with {', '.join(different)}; expected the same, to go on "
+            f"with it: repeat the old command, choose another --out, or delete that folder"
         )
 
 
@@ -236,7 +244,9 @@ def _locked(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{work.parent} is being written by another make_shards; wait for it or stop it") from None
+            raise ValueError(
+                f"{work.parent} is being written by another make_shards; wait for it or stop it"
+            ) from None
         yield
 
 
@@ -303,7 +313,7 @@ def _block_job(job: _BlockJob) -> dict[str, Any]:
             num_clips = len(file.result.clips)
         if num_clips:
             order: list[int] = []
-            while len(order) < num_slots:  # a video with fewer seconds than slots begins again, in another order
+            while len(order) < num_slots:  # a video with too few seconds begins again, in another order
                 order += shuffled(range(num_clips), seed, "slots", source.video_id, len(order))
             kept.append((source, path))
             orders.append(order)
@@ -415,8 +425,8 @@ class _Run:
             if isinstance(job, _BlockJob):
                 if isinstance(outcome, Lost):
                     raise OSError(
-                        f"writing the shards of block {job.index} ended with {outcome.reason}; run the same command "
-                        f"again, it goes on where it stopped"
+                        f"writing the shards of block {job.index} ended with {outcome.reason}; run the same "
+                        f"command again, it goes on where it stopped"
                     )
                 self._block_done(job.index, outcome)
             elif isinstance(outcome, Lost):
@@ -425,12 +435,13 @@ class _Run:
                 self._video_done(job.number, *outcome)
 
     def _lost(self, job: _SliceJob, reason: str) -> None:
-        """The process died or hung on a video. A death may have had another cause (memory), so it is tried again."""
+        """The process died or hung on a video. A death may have had another cause (memory), so it is tried
+        again."""
         if reason == "crash" and job.attempt == 0:
             path, row = None, None
-            for again, outcome in run_jobs(
-                _do_job, iter([self._slice_job(job.number, 1), None]).__next__, 1, 2 * job.timeout_seconds + 60
-            ):
+            jobs = [self._slice_job(job.number, attempt=1)]
+            limit = 2 * job.timeout_seconds + 60
+            for _, outcome in run_jobs(_do_job, lambda: jobs.pop() if jobs else None, 1, limit):
                 if not isinstance(outcome, Lost):
                     path, row = outcome
             if path is not None and row is not None:
@@ -469,8 +480,8 @@ class _Run:
         if not shards:
             reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
             raise NothingKept(
-                f"none of {len(rows)} videos gave a clip ({reasons}); expected at least one with a second of picture "
-                f"and sound: see {out / REPORT_NAME}"
+                f"none of {len(rows)} videos gave a clip ({reasons}); expected at least one with a second of "
+                f"picture and sound: see {out / REPORT_NAME}"
             )
         manifest = Manifest(
             **identity,
@@ -527,14 +538,17 @@ def estimate_shards(config: ShardConfig, progress: ProgressListener | None = Non
             _do_job, lambda: jobs.pop(0) if jobs else None, config.workers, 2 * config.timeout_seconds + 60
         ):
             if isinstance(outcome, Lost):
-                rows.append(ReportRow(path="", status="skipped", reason=outcome.reason, num_clips=0, seconds=0))
+                rows.append(
+                    ReportRow(path="", status="skipped", reason=outcome.reason, num_clips=0, seconds=0)
+                )
             else:
                 path, row = outcome
                 rows.append(row)
                 with ResultFile(Path(path)) as file:
                     if row.num_clips:
                         clip_bytes = file.result.num_bytes / row.num_clips
-                        # Each member is padded to blocks of 512 bytes and has a header of 512; key.json is below 1024.
+                        # Each member is padded to blocks of 512 bytes and has a header of 512; key.json is
+                        # below 1024.
                         num_bytes += config.slicing.max_clips * (clip_bytes + 3 * 512 + 2 * 256 + 1024)
                 os.unlink(path)
             progress.video_done(rows[-1])

@@ -17,7 +17,8 @@ class ShardEntry:
     """One tar file."""
 
     name: str
-    """File name in the folder, for example `train-slot00-000000.tar`; its index has the suffix `.idx` instead."""
+    """File name in the folder, for example `train-slot00-000000.tar`; its index has the suffix `.idx`
+    instead."""
     slot: int
     index: int
     """Shards of equal `index` hold the same videos in the same order in every slot. Indices may have gaps."""
@@ -32,8 +33,8 @@ class ShardEntry:
 class Manifest:
     """A finished folder of shards.
 
-    Every slot has each kept video exactly once, and shard `index` i holds the same videos in the same order in every
-    slot: clip p of `slot00-000003` and clip p of `slot01-000003` are two clips of one video.
+    Every slot has each kept video exactly once, and shard `index` i holds the same videos in the same order
+    in every slot: clip p of `slot00-000003` and clip p of `slot01-000003` are two clips of one video.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -45,7 +46,8 @@ class Manifest:
     num_clips: int
     """Over all slots: num_videos * num_slots."""
     num_distinct_clips: int
-    """Different seconds of video; less than `num_clips` where videos have fewer seconds than there are slots."""
+    """Different seconds of video; less than `num_clips` where videos have fewer seconds than there are
+    slots."""
     num_bytes: int
     """Of all tar files."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -88,10 +90,14 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             f"if a run there was interrupted, run the same command again to finish it"
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete the folder and make the shards again") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}); delete the folder and make the shards again"
+        ) from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}; make the shards again")
+        raise ValueError(
+            f"{path} has schema version {version}, expected {SCHEMA_VERSION}; make the shards again"
+        )
     try:
         shards = tuple(ShardEntry(**entry) for entry in record.pop("shards"))
         known = {item.name for item in fields(Manifest)}
@@ -108,7 +114,8 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: after a crash at any moment, either the old file or the whole new one is there."""
+    """Replace `path` by `data`: after a crash at any moment, either the old file or the whole new one is
+    there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)

@@ -1,4 +1,5 @@
-"""Random order and random numbers that depend on a seed and names alone: the same on every machine and version."""
+"""Random order and random numbers that depend on a seed and names alone: the same on every machine and
+version."""
 
 import hashlib
 import os
@@ -22,9 +23,13 @@ def hash_fraction(seed: int, *parts: str | int) -> float:
     return (hash_number(seed, *parts) >> 11) / 2**53
 
 
-def shuffled(items: Iterable[Item], seed: int, *parts: str | int, name: Callable[[Item], str | int] = str) -> list[Item]:
+def shuffled(
+    items: Iterable[Item], seed: int, *parts: str | int, name: Callable[[Item], str | int] = str
+) -> list[Item]:
     """`items` in random order. An item's place depends on its `name`, not on where it was in `items`.
 
     Names must differ; `parts` set one use of the seed apart from another.
     """
-    return sorted(items, key=lambda item: (hash_number(seed, *parts, name(item)), os.fsencode(str(name(item)))))
+    return sorted(
+        items, key=lambda item: (hash_number(seed, *parts, name(item)), os.fsencode(str(name(item))))
+    )

@@ -1,4 +1,5 @@
-"""Worker processes that outlive bad jobs: a job that crashes or hangs its process costs that process alone."""
+"""Worker processes that outlive bad jobs: a job that crashes or hangs its process costs that process
+alone."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -23,7 +24,8 @@ class JobFailed(Exception):
 
 @dataclass(frozen=True)
 class Lost:
-    """Takes the place of the result of a job whose process died (`crash`) or was killed for being late (`timeout`)."""
+    """Takes the place of the result of a job whose process died (`crash`) or was killed for being late
+    (`timeout`)."""
 
     reason: str
 
@@ -44,9 +46,9 @@ def run_jobs(
 ) -> Iterator[tuple[Any, Any]]:
     """Run jobs in processes and give (job, result) pairs as they finish.
 
-    `next_job` is asked whenever a process is free and gives None while there is nothing to do; it may have more once
-    the caller has seen further results. Ends when it gives None and nothing is running. Closing the iterator early, or
-    an exception, ends all processes. Processes end by themselves when this one is gone.
+    `next_job` is asked whenever a process is free and gives None while there is nothing to do; it may have
+    more once the caller has seen further results. Ends when it gives None and nothing is running. Closing the
+    iterator early, or an exception, ends all processes. Processes end by themselves when this one is gone.
 
     Args:
         function: of one job; importable, as are jobs and results.
@@ -85,7 +87,9 @@ def run_jobs(
             if not busy:
                 return
             wait = max(min(worker.deadline for worker in busy) - time.monotonic(), 0)
-            ready = multiprocessing.connection.wait([worker.connection for worker in busy], timeout=min(wait, 3600))
+            ready = multiprocessing.connection.wait(
+                [worker.connection for worker in busy], timeout=min(wait, 3600)
+            )
             for slot, worker in enumerate(workers):
                 if worker.job is None:
                     continue

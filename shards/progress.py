@@ -72,7 +72,8 @@ class TextProgress:
             elapsed = self.last - self.begin
             left = elapsed / (self.num_done - self.num_before) * (self.num_videos - self.num_done)
             self.message(
-                f"{self.num_done}/{self.num_videos} videos  {self._state()}  {elapsed:.0f} s, about {left:.0f} s left"
+                f"{self.num_done}/{self.num_videos} videos  {self._state()}  {elapsed:.0f} s, about "
+                f"{left:.0f} s left"
             )
 
     def message(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Read clips of a shard by number, checked against their checksums. No tar scan: the index says where bytes are."""
+"""Read clips of a shard by number, checked against their checksums. The index says where bytes are."""
 
 import os
 import tarfile
@@ -56,8 +56,8 @@ class ShardReader:
         if size % tarfile.BLOCKSIZE or size < end + 2 * tarfile.BLOCKSIZE:
             self.close()
             raise ValueError(
-                f"{self.path} has {size} bytes, expected more than {end} by its index: the tar was cut or the index is "
-                f"of another tar; copy both again or re-run make_shards"
+                f"{self.path} has {size} bytes, expected more than {end} by its index: the tar was cut or "
+                f"the index is of another tar; copy both again or re-run make_shards"
             )
 
     def __len__(self) -> int:
@@ -71,7 +71,8 @@ class ShardReader:
         """Clip number `position`, 0 <= position < len.
 
         Raises:
-            BadClip: this clip is damaged: `missing-member`, `stale-index`, `bad-json`, `checksum`, `sample-count`.
+            BadClip: this clip is damaged: `missing-member`, `stale-index`, `bad-json`, `checksum`,
+            `sample-count`.
             IndexError: no such position.
         """
         sample = self._samples[position]
@@ -98,9 +99,10 @@ class ShardReader:
         crcs = (zlib.crc32(members["mp4"]), zlib.crc32(members["wav"]))
         if crcs != (info.video_crc32, info.audio_crc32):
             raise BadClip(key, self.shard, "checksum")
-        if len(members["wav"]) != len(WAV_HEADER) + 2 * SAMPLES_PER_CLIP or not members["wav"].startswith(WAV_HEADER):
+        audio = members["wav"]
+        if len(audio) != len(WAV_HEADER) + 2 * SAMPLES_PER_CLIP or not audio.startswith(WAV_HEADER):
             raise BadClip(key, self.shard, "sample-count")
-        return RawClip(info=info, video=members["mp4"], audio=members["wav"], shard=self.shard)
+        return RawClip(info=info, video=members["mp4"], audio=audio, shard=self.shard)
 
     def _pread(self, offset: int, length: int, key: str) -> bytes:
         parts = []
@@ -170,12 +172,15 @@ def _read_index(path: Path) -> list[dict[str, _Member]]:
         words = line.split(" ")
         try:
             sample = {
-                words[i]: _Member(int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)
+                words[i]: _Member(int(words[i + 1]), int(words[i + 2]), words[i + 3])
+                for i in range(0, len(words), 4)
             }
             good = all(member.offset >= tarfile.BLOCKSIZE and member.size >= 0 for member in sample.values())
         except (ValueError, IndexError):
             good = False
         if not good:
-            raise ValueError(f"{path}, line {number} is {line!r}, expected 'suffix offset size name' per member")
+            raise ValueError(
+                f"{path}, line {number} is {line!r}, expected 'suffix offset size name' per member"
+            )
         samples.append(sample)
     return samples

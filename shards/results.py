@@ -1,6 +1,7 @@
 """What is kept of one video between slicing it and writing its shards: a file in the work folder.
 
-Layout: `MAGIC`, length and CRC-32 of the header (8 bytes, little-endian), the header (JSON), then the clips' bytes.
+Layout: `MAGIC`, length and CRC-32 of the header (8 bytes, little-endian), the header (JSON), then the clips'
+bytes.
 """
 
 import json
@@ -27,7 +28,8 @@ class ReportRow:
     status: str
     """`kept` or `skipped`."""
     reason: str
-    """Why it was skipped. A kept video may have `truncated` or `damaged`: its header promises more than is there."""
+    """Why it was skipped. A kept video may have `truncated` or `damaged`: its header promises more than is
+    there."""
     num_clips: int
     """Different seconds that are kept."""
     seconds: int

@@ -2,8 +2,8 @@
 
 A clip is three adjacent members of a tar file:
 
-- `key.mp4`: H.264, exactly 32 frames at 32 fps, one closed group of pictures without B-frames, 8-bit 4:2:0, limited
-  range, BT.601, one of `FRAME_SIZES`;
+- `key.mp4`: H.264, exactly 32 frames at 32 fps, one closed group of pictures without B-frames, 8-bit 4:2:0,
+  limited range, BT.601, one of `FRAME_SIZES`;
 - `key.wav`: 16-bit PCM, mono, 24 kHz, exactly 24,000 samples;
 - `key.json`: `ClipInfo`.
 """
@@ -64,9 +64,11 @@ class ClipInfo:
     key: str
     """`<12 hex digits of the video>_<slot, two digits>`: unique within a folder of shards."""
     video_id: str
-    """Path relative to the folder of videos, with `/`. Bytes that are not UTF-8 are kept as surrogate escapes."""
+    """Path relative to the folder of videos, with `/`. Bytes that are not UTF-8 are kept as surrogate
+    escapes."""
     video_number: int
-    """Hash of `video_id`, 0 <= number < 2**63: the same for all clips of a video, in every folder of shards."""
+    """Hash of `video_id`, 0 <= number < 2**63: the same for all clips of a video, in every folder of
+    shards."""
     label: str | None
     """Class name, if the input told one."""
     slot: int
@@ -81,7 +83,8 @@ class ClipInfo:
     """Pixels of the source frame in display orientation (rotation applied)."""
     source_height: int
     source_crop: tuple[float, float, float, float]
-    """(x, y, width, height): the part of the source frame, in display orientation, that the clip shows. Pixels."""
+    """(x, y, width, height): the part of the source frame, in display orientation, that the clip shows.
+    Pixels."""
     frame_width: int
     """Pixels of the clip's frames."""
     frame_height: int
@@ -94,7 +97,8 @@ class ClipInfo:
 
     def to_json(self) -> bytes:
         """Canonical bytes: sorted keys, ASCII only, no spaces."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.encode("ascii")
 
     @classmethod
     def from_json(cls, data: bytes) -> "ClipInfo":
@@ -106,7 +110,9 @@ class ClipInfo:
         try:
             record = json.loads(data)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"key.json is not JSON ({error}); the shard is damaged, write it again") from error
+            raise ValueError(
+                f"key.json is not JSON ({error}); the shard is damaged, write it again"
+            ) from error
         names = [field.name for field in fields(cls)]
         if not isinstance(record, dict) or not set(names) <= set(record):
             missing = sorted(set(names) - set(record)) if isinstance(record, dict) else names
@@ -130,7 +136,9 @@ def _checked(name: str, value: Any) -> Any:
         good = _is_number(value)
         value = float(value) if good else value
     if not good:
-        raise ValueError(f"key.json: {name} is {value!r}, expected {kind}; the shard is damaged, write it again")
+        raise ValueError(
+            f"key.json: {name} is {value!r}, expected {kind}; the shard is damaged, write it again"
+        )
     return value
 
 
@@ -139,7 +147,8 @@ def _is_number(value: Any) -> bool:
 
 
 def video_hash(video_id: str) -> str:
-    """12 hex digits of the video, the first part of its clips' keys. `video_id` may hold surrogate escapes."""
+    """12 hex digits of the video, the first part of its clips' keys. `video_id` may hold surrogate
+    escapes."""
     return hashlib.blake2b(_id_bytes(video_id), digest_size=6).hexdigest()
 
 

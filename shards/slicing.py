@@ -1,10 +1,11 @@
 """One video -> its 1-second clips: 32 frames and 24,000 samples each, in sync, checked by decoding them back.
 
-Time is counted on the source's presentation clock from the start of its container. Clips lie on a grid of seconds
-that starts where both streams have started, so nothing is made up at the front; a second counts as there only if the
-pass over the file really produced 32 frames and 24,000 samples for it, so nothing is made up at the end; and where
-ffmpeg reports errors, seconds that touch a part that does not decode are left out, so nothing is made up in between.
-The header's durations are only a hint: where the pass finds less than they promise, a second one takes what is there.
+Time is counted on the source's presentation clock from the start of its container. Clips lie on a grid of
+seconds that starts where both streams have started, so nothing is made up at the front; a second counts as
+there only if the pass over the file really produced 32 frames and 24,000 samples for it, so nothing is made
+up at the end; and where ffmpeg reports errors, seconds that touch a part that does not decode are left out,
+so nothing is made up in between. The header's durations are only a hint: where the pass finds less than they
+promise, a second one takes what is there.
 """
 
 import io
@@ -106,9 +107,11 @@ class VideoProbe:
     audio_end_seconds: float | None
 
     def promised_seconds(self, max_seconds: int) -> float | None:
-        """How long picture and sound last together by the header, from `start_seconds` on; None if it does not tell.
+        """How long picture and sound last together by the header, from `start_seconds` on; None if it does
+        not tell.
 
-        The picture's end is rounded to the nearest output frame, as ffmpeg does it; the sound has to be there.
+        The picture's end is rounded to the nearest output frame, as ffmpeg does it; the sound has to be
+        there.
         """
         if self.video_end_seconds is None or self.audio_end_seconds is None:
             return None
@@ -121,8 +124,8 @@ class SlicedVideo:
     """What is left of a video."""
 
     reason: str
-    """Why there are no clips. With clips: '', or why there are fewer seconds than the header promises: 'truncated' if
-    the end is missing, 'damaged' if some in between do not decode."""
+    """Why there are no clips. With clips: '', or why there are fewer seconds than the header promises:
+    'truncated' if the end is missing, 'damaged' if some in between do not decode."""
     seconds: int
     """Whole seconds in which picture and sound are both there, silent ones included."""
     clips: tuple[SlicedClip, ...] = ()
@@ -154,8 +157,8 @@ def slice_video(
 
     Args:
         path: the file.
-        video_id, seed: the random start within the first spare part of a second, and the random choice of seconds
-            where there are more than `max_clips`, depend on these.
+        video_id, seed: the random start within the first spare part of a second, and the random choice of
+            seconds where there are more than `max_clips`, depend on these.
         program: ffmpeg, see `find_ffmpeg`.
         timeout_seconds: for each pass.
         work_folder: for temporary files; default: the system's.
@@ -211,12 +214,16 @@ def _slice_probed(
                 preset=settings.preset,
             )
             finished = run_ffmpeg(command.build(program), Path(folder), timeout_seconds)
-            return _collect(Path(folder), start, chosen, geometry.frame_size, settings.max_seconds, finished.errors)
+            return _collect(
+                Path(folder), start, chosen, geometry.frame_size, settings.max_seconds, finished.errors
+            )
 
     result = one_pass(start, chosen)
     damage = []
     if result.errors:
-        damage = find_damage(path, probe.video_stream, probe.audio_stream, probe.start_seconds + settings.max_seconds)
+        damage = find_damage(
+            path, probe.video_stream, probe.audio_stream, probe.start_seconds + settings.max_seconds
+        )
     if chosen is not None and (len(result.clips) < len(chosen) or result.more_audio_than(promised) or damage):
         # The header lied, or not everything decodes. Without choice and shift, nothing that is there is lost.
         chosen, result = None, one_pass(probe.start_seconds, None)
@@ -251,8 +258,8 @@ def _slice_probed(
 def probe_video(path: str) -> VideoProbe:
     """Streams, size, rate and times of a video, from its header and first frame.
 
-    Of several streams the one flagged as default is taken, then the one with the largest frame or the highest sample
-    rate, then the first. Pictures attached to audio files are not video.
+    Of several streams the one flagged as default is taken, then the one with the largest frame or the highest
+    sample rate, then the first. Pictures attached to audio files are not video.
 
     Raises:
         Unusable: `undecodable`, `no-video` or `no-audio`.
@@ -278,8 +285,12 @@ def _probe_container(container: av.container.InputContainer) -> VideoProbe:
         raise Unusable("no-video")
     if not audios:
         raise Unusable("no-audio")
-    video = max(videos, key=lambda s: (bool(s.disposition & is_default), (s.width or 0) * (s.height or 0), -s.index))
-    audio = max(audios, key=lambda s: (bool(s.disposition & is_default), s.codec_context.sample_rate or 0, -s.index))
+    video = max(
+        videos, key=lambda s: (bool(s.disposition & is_default), (s.width or 0) * (s.height or 0), -s.index)
+    )
+    audio = max(
+        audios, key=lambda s: (bool(s.disposition & is_default), s.codec_context.sample_rate or 0, -s.index)
+    )
     origin = (container.start_time or 0) / av.time_base
     frame = _first_frame(container, video)
     width, height, aspect, rotation = video.width, video.height, video.sample_aspect_ratio, 0
@@ -315,7 +326,9 @@ def _probe_container(container: av.container.InputContainer) -> VideoProbe:
 
 def _seconds(pts: int | None, stream: av.stream.Stream, origin: float) -> float | None:
     """Seconds after the start of the container, at least 0."""
-    return None if pts is None or stream.time_base is None else max(float(pts * stream.time_base) - origin, 0.0)
+    if pts is None or stream.time_base is None:
+        return None
+    return max(float(pts * stream.time_base) - origin, 0.0)
 
 
 def _first_frame(container: av.container.InputContainer, video: av.video.VideoStream) -> av.VideoFrame | None:
@@ -371,7 +384,9 @@ def frame_geometry(width: int, height: int, pixel_aspect: float = 1.0) -> Geomet
 
 def _overlaps(clip: SlicedClip, damage: list[tuple[float, float]]) -> bool:
     begin, end = clip.start_seconds, clip.start_seconds + 1
-    return any(start < end - TIME_SLACK_SECONDS and stop > begin + TIME_SLACK_SECONDS for start, stop in damage)
+    return any(
+        start < end - TIME_SLACK_SECONDS and stop > begin + TIME_SLACK_SECONDS for start, stop in damage
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

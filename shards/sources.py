@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from shards.schema import video_hash
 
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .asf .mpg .mpeg .m2ts .mts .ts .vob .ogv .ogg .3gp .3g2 .mxf .rm .wtv .dv"
+    ".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .asf .mpg .mpeg .m2ts .mts .ts .vob .ogv .ogg .3gp .3g2 .mxf "
+    ".rm .wtv .dv"
     .split()
 )
 """Files with other suffixes are not looked at when a folder is searched; a list may name any file."""
@@ -54,10 +55,12 @@ def videos_of_folder(folder: str, leave_out: str | None = None) -> list[SourceVi
 
 
 def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]:
-    """Videos named in a file, one path per line, relative to `folder` or absolute; and the number of repeated lines.
+    """Videos named in a file, one path per line, relative to `folder` or absolute; and the number of repeated
+    lines.
 
-    A label may follow the path after a tab. A file that contains NUL bytes is taken as NUL-separated (for names with
-    newlines: `find . -print0`). Without a label, it is the name of the video's folder, as in `videos_of_folder`.
+    A label may follow the path after a tab. A file that contains NUL bytes is taken as NUL-separated (for
+    names with newlines: `find . -print0`). Without a label, it is the name of the video's folder, as in
+    `videos_of_folder`.
 
     Raises:
         ValueError: no such file or folder, or nothing in it.
@@ -67,7 +70,9 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
         with open(list_path, "rb") as file:
             data = file.read()
     except OSError as error:
-        raise ValueError(f"{list_path} cannot be read ({error.strerror}), expected a list of videos; check --list") from error
+        raise ValueError(
+            f"{list_path} cannot be read ({error.strerror}), expected a list of videos; check --list"
+        ) from error
     lines = data.split(b"\0") if b"\0" in data else data.replace(b"\r\n", b"\n").split(b"\n")
     rows: dict[str, tuple[str, str | None, str | None]] = {}
     repeated = 0
@@ -90,13 +95,15 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
     return _with_hashes(rows[name] for name in sorted(rows, key=os.fsencode)), repeated
 
 
-def videos_of_kinetics(folder: str, csv_path: str, split: str, leave_out: str | None = None) -> list[SourceVideo]:
+def videos_of_kinetics(
+    folder: str, csv_path: str, split: str, leave_out: str | None = None
+) -> list[SourceVideo]:
     """Videos of a Kinetics csv (`label,youtube_id,time_start,time_end,split`) that are of `split`.
 
-    Looked for anywhere below `folder`, as `<id>_<start, 6 digits>_<end, 6 digits>`, `<id>_<start>_<end>` or `<id>`,
-    with any video suffix; of several, the one in a folder named after the label wins, then after the split, then the
-    first by path. A file named by its id alone is taken to be cut to the annotated seconds already. A video that is
-    not there keeps its row, with the path that the usual layout would have.
+    Looked for anywhere below `folder`, as `<id>_<start, 6 digits>_<end, 6 digits>`, `<id>_<start>_<end>` or
+    `<id>`, with any video suffix; of several, the one in a folder named after the label wins, then after the
+    split, then the first by path. A file named by its id alone is taken to be cut to the annotated seconds
+    already. A video that is not there keeps its row, with the path that the usual layout would have.
 
     Raises:
         ValueError: no such file, columns missing, or no row of this split.
@@ -107,7 +114,8 @@ def videos_of_kinetics(folder: str, csv_path: str, split: str, leave_out: str | 
     wanted = [row for row in rows if row["split"] in same] if splits != [""] else rows
     if not wanted:
         raise ValueError(
-            f"{csv_path} has no rows of split {split!r}, expected one of {', '.join(map(repr, splits))}; check --split"
+            f"{csv_path} has no rows of split {split!r}, expected one of {', '.join(map(repr, splits))}; "
+            f"check --split"
         )
     by_stem: dict[str, list[str]] = {}
     for name in sorted(find_files(folder, leave_out), key=os.fsencode):
@@ -152,12 +160,15 @@ def _read_kinetics(path: str) -> list[dict[str, str]]:
                 )
             rows = [{name: (row.get(name) or "").strip() for name in KINETICS_COLUMNS} for row in reader]
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}), expected a Kinetics csv; check --csv") from error
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}), expected a Kinetics csv; check --csv"
+        ) from error
     return [row for row in rows if row["youtube_id"]]
 
 
 def find_files(folder: str, leave_out: str | None = None) -> Iterable[str]:
-    """Paths of regular video files below `folder`, relative to it, with `/`, in no order. Follows links, once each."""
+    """Paths of regular video files below `folder`, relative to it, with `/`, in no order. Follows links, once
+    each."""
     _check_folder(folder)
     banned = os.path.realpath(leave_out) if leave_out is not None else None
     seen = {os.path.realpath(folder)}

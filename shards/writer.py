@@ -14,10 +14,12 @@ INDEX_VERSION = "v1.2"
 
 
 class ShardWriter:
-    """Context manager that writes `folder/{split}-slot{slot}-{index}.tar` and `.idx`; `entry` is set on leaving.
+    """Context manager that writes `folder/{split}-slot{slot}-{index}.tar` and `.idx`; `entry` is set on
+    leaving.
 
-    Both are written under other names in `work_folder` (same file system; default: `folder`), flushed to disk and then
-    renamed, index first: where the tar is, it is whole and has its index. Leaving by an exception leaves nothing.
+    Both are written under other names in `work_folder` (same file system; default: `folder`), flushed to disk
+    and then renamed, index first: where the tar is, it is whole and has its index. Leaving by an exception
+    leaves nothing.
     """
 
     def __init__(

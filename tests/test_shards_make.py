@@ -1,4 +1,5 @@
-"""make_shards: the same bytes however it is run or interrupted, each video accounted for, wrong input refused."""
+"""make_shards: the same bytes however it is run or interrupted, each video accounted for, wrong input
+refused."""
 
 import dataclasses
 import json
@@ -80,7 +81,9 @@ def test_shards_hold_every_usable_second_in_slots(videos: Path, reference: Path)
     names = {path.name for path in reference.iterdir()}
     stems = {f"train-slot{slot:02d}-{index:06d}" for slot in range(3) for index in range(3)}
     assert {name for name in names if name.endswith(".tar")} <= {f"{stem}.tar" for stem in stems}
-    assert names - {f"{stem}.{suffix}" for stem in stems for suffix in ("tar", "idx")} == {"manifest.json", "report.csv"}
+    assert names - {f"{stem}.{suffix}" for stem in stems for suffix in ("tar", "idx")} == {
+        "manifest.json", "report.csv"
+    }
     assert result.statistics.labels == {"barking": 4, "singing": 2}
 
     by_slot: dict[int, list[str]] = {}
@@ -97,7 +100,8 @@ def test_shards_hold_every_usable_second_in_slots(videos: Path, reference: Path)
     assert set(rows) == {str(p.relative_to(videos)) for p in videos.rglob("[!.]*.m*")}
     for name, seconds in starts.items():
         assert len(set(seconds)) == rows[name].num_clips == min(rows[name].seconds, 3)
-        assert max(Counter(seconds).values()) - min(Counter(seconds).values()) <= 1  # repeats are spread evenly
+        counts = Counter(seconds).values()
+        assert max(counts) - min(counts) <= 1  # repeats are spread evenly
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -121,18 +125,28 @@ def test_another_seed_gives_another_order(videos: Path, reference: Path, tmp_pat
 
 
 def run_tool(videos: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "--videos", str(videos), "--out", str(out)]
+    command = [
+        sys.executable, str(ROOT / "tools" / "make_shards.py"), "--videos", str(videos), "--out", str(out)
+    ]
     command += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast".split()
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=out.parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=out.parent,
     )
 
 
 def finished_parts(out: Path) -> set[str]:
-    return {path.name for folder in (out, out / ".work") for path in folder.glob("*[0-9]*") if "tmp" not in path.name}
+    paths = [path for folder in (out, out / ".work") for path in folder.glob("*[0-9]*")]
+    return {path.name for path in paths if "tmp" not in path.name}
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(videos: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    videos: Path, reference: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     wanted = contents(reference)
     rng = random.Random(0)
@@ -249,7 +263,9 @@ def refused(config: ShardConfig, words: str) -> None:
         make_shards(config)
 
 
-def test_other_settings_on_a_finished_folder_are_refused(videos: Path, reference: Path, tmp_path: Path) -> None:
+def test_other_settings_on_a_finished_folder_are_refused(
+    videos: Path, reference: Path, tmp_path: Path
+) -> None:
     before = contents(reference)
     refused(configure(videos, reference, seed=3), r"seed 0 \(now 3\).*choose another --out")
     refused(configure(videos, reference, split="test"), r"split 'train' \(now 'test'\)")
@@ -304,7 +320,13 @@ def test_nothing_kept_is_an_error_and_the_report_tells_why(tmp_path: Path) -> No
 
 def test_names_that_are_not_text_survive(tmp_path: Path) -> None:
     source = make_flash_beep_video(tmp_path / "good.mp4", seconds=1.3).read_bytes()
-    names = [b"not \xff utf8.mp4", b"new\nline,\"quoted\".mp4", "größe 声.mp4".encode(), b"[a]*?%d.mp4", b"-n.mp4"]
+    names = [
+        b"not \xff utf8.mp4",
+        b'new\nline,"quoted".mp4',
+        "größe 声.mp4".encode(),
+        b"[a]*?%d.mp4",
+        b"-n.mp4",
+    ]
     (tmp_path / "videos").mkdir()
     for name in names:
         (tmp_path / "videos" / os.fsdecode(name)).write_bytes(source)
@@ -323,7 +345,8 @@ def test_estimate_is_near_the_truth_and_writes_nothing(videos: Path, reference: 
     manifest = read_manifest(reference)
     assert not (tmp_path / "out").exists()
     assert (estimate.num_videos, estimate.num_sampled, estimate.num_kept) == (10, 10, 7)
-    assert estimate.num_clips == manifest.num_clips and estimate.num_distinct_clips == manifest.num_distinct_clips
+    assert estimate.num_clips == manifest.num_clips
+    assert estimate.num_distinct_clips == manifest.num_distinct_clips
     assert estimate.num_bytes == pytest.approx(manifest.num_bytes, rel=0.1)
 
 
@@ -358,13 +381,16 @@ def test_tool_runs_both_ways(start: list[str], videos: Path, tmp_path: Path) -> 
 def test_wrong_input_has_its_exit_status(
     arguments: list[str], status: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert make_tool.main(["--videos", str(tmp_path / "no"), "--out", str(tmp_path / "out"), *arguments]) == status
+    arguments = ["--videos", str(tmp_path / "no"), "--out", str(tmp_path / "out"), *arguments]
+    assert make_tool.main(arguments) == status
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_of_the_tool(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--videos", str(videos), "--out", str(tmp_path / "out"), "--dry-run", "--preset", "ultrafast"]
+    arguments = [
+        "--videos", str(videos), "--out", str(tmp_path / "out"), "--dry-run", "--preset", "ultrafast"
+    ]
     assert make_tool.main(arguments) == 0
     assert "10 videos; sliced 10 of them, kept 7" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -406,8 +432,9 @@ def test_check_tool_tells_what_is_wrong(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    assert check_tool.main([str(out), "--decode", "--contact-sheet", str(tmp_path / "sheet.png"), "--clips", "5"]) == 0
-    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    sheet = tmp_path / "sheet.png"
+    assert check_tool.main([str(out), "--decode", "--contact-sheet", str(sheet), "--clips", "5"]) == 0
+    assert sheet.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "7 videos in 3 slots, 21 clips" in printed and "all is well" in printed
 
@@ -474,7 +501,9 @@ def test_job_that_raises_stops_everything_with_its_traceback() -> None:
 def test_full_disk_is_an_error_and_not_the_fault_of_the_video(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this machine")
-    command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=20", "-f", "wav", "-y", "/dev/full"]
+    command = [
+        find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=20", "-f", "wav", "-y", "/dev/full"
+    ]
     with pytest.raises(OSError, match="No space left on device"):
         run_ffmpeg(command, tmp_path, 60)
 

@@ -91,7 +91,9 @@ def test_tar_is_plain_and_depends_on_its_clips_alone(tmp_path: Path) -> None:
     with tarfile.open(first, "r:") as tar:
         members = list(tar)
     keys = [make_clip(number)[0].key for number in range(NUM_CLIPS)]
-    assert [member.name for member in members] == [f"{key}.{suffix}" for key in keys for suffix in ("mp4", "wav", "json")]
+    assert [member.name for member in members] == [
+        f"{key}.{suffix}" for key in keys for suffix in ("mp4", "wav", "json")
+    ]
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in members} == {
         (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)
     }
@@ -189,13 +191,17 @@ def test_flipped_bit_makes_one_bad_clip(suffix: str, shift: int, reason: str, sh
     with ShardReader(shard) as reader:
         with pytest.raises(BadClip) as caught:
             reader.read(2)
-        assert (caught.value.key, caught.value.shard, caught.value.reason) == (reader.key(2), shard.name, reason)
+        assert (caught.value.key, caught.value.shard, caught.value.reason) == (
+            reader.key(2), shard.name, reason
+        )
         for number in (0, 1, 3, 4):
             assert reader.read(number).info == make_clip(number)[0]
 
 
 @given(position=st.integers(0, 10_000_000), mask=st.integers(1, 255))
-def test_no_flipped_byte_gives_wrong_data(position: int, mask: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_flipped_byte_gives_wrong_data(
+    position: int, mask: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("flip")
     path = write_shard(folder, 2)
     damage(path, position % path.stat().st_size, mask)
@@ -244,7 +250,9 @@ def test_missing_files_are_refused_with_the_way_out(shard: Path) -> None:
         ShardReader(shard)
 
 
-@pytest.mark.parametrize("text", ["", "v1.1 5\n", "v1.2 4\nmp4 512 10 a.mp4\n", "v1.2 1\nmp4 x 10 a.mp4\n", "v1.2 1\n\n"])
+@pytest.mark.parametrize(
+    "text", ["", "v1.1 5\n", "v1.2 4\nmp4 512 10 a.mp4\n", "v1.2 1\nmp4 x 10 a.mp4\n", "v1.2 1\n\n"]
+)
 def test_what_is_no_index_is_refused(text: str, shard: Path) -> None:
     shard.with_suffix(".idx").write_text(text)
     with pytest.raises(ValueError, match="idx"):
@@ -267,8 +275,9 @@ def test_wrong_number_of_samples_is_a_bad_clip(tmp_path: Path) -> None:
     record["audio_crc32"] = zlib.crc32(short)
     with ShardWriter(tmp_path, "train", 0, 0) as writer:
         writer.write(ClipInfo.from_json(json.dumps(record).encode()), video, short)
-    with ShardReader(tmp_path / "train-slot00-000000.tar") as reader, pytest.raises(BadClip, match="sample-count"):
-        reader.read(0)
+    with ShardReader(tmp_path / "train-slot00-000000.tar") as reader:
+        with pytest.raises(BadClip, match="sample-count"):
+            reader.read(0)
 
 
 # key.json and manifest.json.
@@ -278,7 +287,13 @@ def test_wrong_number_of_samples_is_a_bad_clip(tmp_path: Path) -> None:
 def test_clip_info_survives_json(name: bytes, number: float, slot: int) -> None:
     text = name.decode("utf-8", "surrogateescape")
     base = json.loads(make_clip(1)[0].to_json())
-    base |= {"video_id": text, "start_seconds": number, "slot": slot, "label": text, "video_number": video_number(text)}
+    base |= {
+        "video_id": text,
+        "start_seconds": number,
+        "slot": slot,
+        "label": text,
+        "video_number": video_number(text),
+    }
     info = ClipInfo.from_json(json.dumps(base).encode("ascii"))
     assert ClipInfo.from_json(info.to_json()) == info
     assert info.video_id.encode("utf-8", "surrogateescape") == name
@@ -291,7 +306,9 @@ def test_what_is_no_clip_info_is_refused(data: bytes) -> None:
         ClipInfo.from_json(data)
 
 
-@pytest.mark.parametrize("name, value", [("slot", "1"), ("source_crop", [1, 2]), ("start_seconds", None), ("slot", True)])
+@pytest.mark.parametrize(
+    "name, value", [("slot", "1"), ("source_crop", [1, 2]), ("start_seconds", None), ("slot", True)]
+)
 def test_fields_of_another_type_are_refused(name: str, value: object) -> None:
     record = json.loads(make_clip(1)[0].to_json()) | {name: value}
     with pytest.raises(ValueError, match=name):
@@ -330,7 +347,8 @@ def test_manifest_survives_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data, words", [(b"{", "is not JSON"), (b"{}", "schema version None"), (b'{"schema_version": 1}', "not a manifest")]
+    "data, words",
+    [(b"{", "is not JSON"), (b"{}", "schema version None"), (b'{"schema_version": 1}', "not a manifest")],
 )
 def test_what_is_no_manifest_is_refused(data: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(data)

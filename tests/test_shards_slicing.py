@@ -1,4 +1,4 @@
-"""Slicing: clips have 32 frames and 24,000 samples, stay in sync, and only what is really there becomes a clip."""
+"""Slicing: clips are whole and in sync, and only what is really there becomes a clip."""
 
 import io
 import os
@@ -11,7 +11,14 @@ import pytest
 from tools.make_synthetic_videos import make_flash_beep_video
 
 from shards.ffmpeg import FfmpegTimeout, SliceCommand, find_ffmpeg, run_ffmpeg
-from shards.schema import FRAME_SIZES, FRAMES_PER_CLIP, SAMPLE_RATE, SAMPLES_PER_CLIP, SILENCE_FLOOR_DBFS, WAV_HEADER
+from shards.schema import (
+    FRAME_SIZES,
+    FRAMES_PER_CLIP,
+    SAMPLE_RATE,
+    SAMPLES_PER_CLIP,
+    SILENCE_FLOOR_DBFS,
+    WAV_HEADER,
+)
 from shards.slicing import SlicedClip, SlicedVideo, SliceSettings, frame_geometry, loudness_dbfs, slice_video
 
 OUTPUT_FRAME_SECONDS = 1 / 32
@@ -27,7 +34,9 @@ def decode_luma(video: bytes) -> np.ndarray:
     with av.open(io.BytesIO(video)) as container:
         for frame in container.decode(video=0):
             plane = frame.planes[0]
-            frames.append(np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width])
+            frames.append(
+                np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
+            )
     return np.stack(frames)
 
 
@@ -265,7 +274,8 @@ def test_what_is_no_video_is_undecodable(kind: str, tmp_path: Path) -> None:
 
 def faststart(path: Path, out: Path) -> bytes:
     subprocess.run(
-        [find_ffmpeg(), "-v", "error", "-y", "-i", path, "-c", "copy", "-movflags", "+faststart", out], check=True
+        [find_ffmpeg(), "-v", "error", "-y", "-i", path, "-c", "copy", "-movflags", "+faststart", out],
+        check=True,
     )
     return out.read_bytes()
 
@@ -350,7 +360,14 @@ def test_sound_that_ends_early_limits_the_clips(tmp_path: Path) -> None:
 
 def test_names_that_are_hard_for_shells_and_ffmpeg(tmp_path: Path) -> None:
     good = make_flash_beep_video(tmp_path / "good.mp4", seconds=1.4).read_bytes()
-    for name in (b"-y.mp4", b"a b'\"$(x)`.mp4", b"%03d*?[a].mp4", b"new\nline.mp4", b"concat:x|y.mp4", b"not \xff utf8.mp4"):
+    for name in (
+        b"-y.mp4",
+        b"a b'\"$(x)`.mp4",
+        b"%03d*?[a].mp4",
+        b"new\nline.mp4",
+        b"concat:x|y.mp4",
+        b"not \xff utf8.mp4",
+    ):
         path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
         path.write_bytes(good)
         assert len(slice_file(path).clips) == 1, name
@@ -373,7 +390,13 @@ def test_no_shell_and_no_network_in_the_command() -> None:
     ).build("ffmpeg")
     assert isinstance(command, list) and all(isinstance(word, str) for word in command)
     assert command[command.index("-i") + 1] == "file:/x/a; rm b.mp4"
-    for words in (["-protocol_whitelist", "file,pipe"], ["-tune", "fastdecode"], ["-bf", "0"], ["-refs", "1"], ["-g", "32"]):
+    for words in (
+        ["-protocol_whitelist", "file,pipe"],
+        ["-tune", "fastdecode"],
+        ["-bf", "0"],
+        ["-refs", "1"],
+        ["-g", "32"],
+    ):
         assert command[command.index(words[0]) + 1] == words[1]
     assert "-nostdin" in command
 
@@ -382,7 +405,11 @@ def test_timeout_kills_ffmpeg_and_is_a_reason(tmp_path: Path) -> None:
     path = make_flash_beep_video(tmp_path / "a.mp4", seconds=3.0)
     assert slice_file(path, timeout=0.001).reason == "timeout"
     with pytest.raises(FfmpegTimeout):
-        run_ffmpeg([find_ffmpeg(), "-v", "error", "-re", "-f", "lavfi", "-i", "color", "-f", "null", "-"], tmp_path, 0.3)
+        run_ffmpeg(
+            [find_ffmpeg(), "-v", "error", "-re", "-f", "lavfi", "-i", "color", "-f", "null", "-"],
+            tmp_path,
+            0.3,
+        )
 
 
 @pytest.mark.parametrize(

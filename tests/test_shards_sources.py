@@ -1,4 +1,5 @@
-"""Inputs: folders, Kinetics csv files and lists give the same videos in every run, and odd ones are noticed."""
+"""Inputs: folders, Kinetics csv files and lists give the same videos in every run, and odd ones are
+noticed."""
 
 import os
 from pathlib import Path
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 
 import shards.sources
 from shards.order import hash_fraction, shuffled
-from shards.sources import SourceVideo, video_list_sha256, videos_of_folder, videos_of_kinetics, videos_of_list
+from shards.sources import (
+    SourceVideo,
+    video_list_sha256,
+    videos_of_folder,
+    videos_of_kinetics,
+    videos_of_list,
+)
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -23,7 +30,17 @@ def ids(videos: list[SourceVideo]) -> list[str]:
 
 
 def test_folder_is_searched_for_video_files(tmp_path: Path) -> None:
-    touch(tmp_path, "b.MP4", "a/x.mkv", "a/b/y.webm", "a/note.txt", "a/x.json", ".hidden/z.mp4", "a/.z.mp4", "a/._x.mp4")
+    touch(
+        tmp_path,
+        "b.MP4",
+        "a/x.mkv",
+        "a/b/y.webm",
+        "a/note.txt",
+        "a/x.json",
+        ".hidden/z.mp4",
+        "a/.z.mp4",
+        "a/._x.mp4",
+    )
     os.mkfifo(tmp_path / "pipe.mp4")
     os.symlink(tmp_path / "nowhere", tmp_path / "dangling.mp4")
     videos = videos_of_folder(str(tmp_path))
@@ -96,7 +113,10 @@ abseiling,eeeeeeeeeee,7,17,train
     [
         ["-aaaaaaaaaa_000010_000020.mp4", "bbbbbbbbbbb_000000_000010.mkv"],
         ["riding a bike/-aaaaaaaaaa_000010_000020.mp4", "riding a bike/bbbbbbbbbbb_000000_000010.mp4"],
-        ["train/riding_a_bike/-aaaaaaaaaa_000010_000020.mp4", "train/riding_a_bike/bbbbbbbbbbb_000000_000010.webm"],
+        [
+            "train/riding_a_bike/-aaaaaaaaaa_000010_000020.mp4",
+            "train/riding_a_bike/bbbbbbbbbbb_000000_000010.webm",
+        ],
         ["train/-aaaaaaaaaa_10_20.mp4", "k400/train/part_0/bbbbbbbbbbb.mp4"],
     ],
 )
@@ -117,7 +137,9 @@ def test_kinetics_split_names_that_mean_the_same(tmp_path: Path) -> None:
     touch(tmp_path, "ccccccccccc_000005_000015.mp4")
     (tmp_path / "k.csv").write_text(CSV)
     for split in ("val", "validate", "validation"):
-        assert ids(videos_of_kinetics(str(tmp_path), str(tmp_path / "k.csv"), split)) == ["ccccccccccc_000005_000015.mp4"]
+        assert ids(videos_of_kinetics(str(tmp_path), str(tmp_path / "k.csv"), split)) == [
+            "ccccccccccc_000005_000015.mp4"
+        ]
     with pytest.raises(ValueError, match="no rows of split 'test', expected one of 'train', 'validate'"):
         videos_of_kinetics(str(tmp_path), str(tmp_path / "k.csv"), "test")
 
@@ -155,9 +177,12 @@ def test_keys_stay_unique_where_hashes_collide(tmp_path: Path, monkeypatch: pyte
 
 def test_list_hash_depends_on_ids_and_labels(tmp_path: Path) -> None:
     def sha(*rows: tuple[str, str | None]) -> str:
-        return video_list_sha256(SourceVideo(video_id=v, path=None, label=label, key_hash="") for v, label in rows)
+        return video_list_sha256(
+            SourceVideo(video_id=v, path=None, label=label, key_hash="") for v, label in rows
+        )
 
-    assert len({sha(("a", None)), sha(("a", "b")), sha(("a", ""), ("b", None)), sha(("ab", None)), sha()}) == 5
+    hashes = {sha(("a", None)), sha(("a", "b")), sha(("a", ""), ("b", None)), sha(("ab", None)), sha()}
+    assert len(hashes) == 5
 
 
 @given(st.lists(st.text(max_size=5), unique=True, max_size=20), st.integers(0, 5))

@@ -2,8 +2,9 @@
 
     python tools/check_shards.py OUT [--decode] [--contact-sheet FILE] [--log-mel-stats [N]]
 
-Every shard's size and SHA-256 are compared with the manifest, every clip's checksums with its key.json, the index with
-the tar, and slots with each other. Exit status: 0 if all is well, 1 if there are problems, 2 for wrong input.
+Every shard's size and SHA-256 are compared with the manifest, every clip's checksums with its key.json, the
+index with the tar, and slots with each other. Exit status: 0 if all is well, 1 if there are problems, 2 for
+wrong input.
 """
 
 import argparse
@@ -30,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"PNG with middle frames and waveforms (default: OUT/{DEFAULT_SHEET}; '' for none)",
     )
-    parser.add_argument("--clips", type=int, default=48, metavar="N", help="on the contact sheet (default: 48)")
+    parser.add_argument(
+        "--clips", type=int, default=48, metavar="N", help="on the contact sheet (default: 48)"
+    )
     parser.add_argument(
         "--log-mel-stats",
         type=int,
@@ -71,9 +74,11 @@ def main(argv: list[str] | None = None) -> int:
 def _describe(result: CheckResult) -> str:
     manifest, counts = result.manifest, result.statistics
     lines = [
-        f"{manifest.split}: {counts.num_videos} videos in {manifest.num_slots} slots, {counts.num_clips} clips "
-        f"({counts.num_distinct_clips} different), {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB",
-        f"made with seed {manifest.seed}, {', '.join(f'{k} {v}' for k, v in sorted(manifest.settings.items()))}",
+        f"{manifest.split}: {counts.num_videos} videos in {manifest.num_slots} slots, "
+        f"{counts.num_clips} clips ({counts.num_distinct_clips} different), {len(manifest.shards)} shards, "
+        f"{manifest.num_bytes / 1e6:.1f} MB",
+        f"made with seed {manifest.seed}, "
+        f"{', '.join(f'{k} {v}' for k, v in sorted(manifest.settings.items()))}",
     ]
     if manifest.skipped:
         skipped = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.skipped.items()))
@@ -87,7 +92,9 @@ def _describe(result: CheckResult) -> str:
             f"source frames per second: {_quantiles(counts.source_fps)}",
             f"loudness, dBFS: {_quantiles(counts.loudness_dbfs)}",
             "videos by number of different seconds: "
-            + ", ".join(f"{seconds} s: {count}" for seconds, count in sorted(counts.seconds_per_video.items())),
+            + ", ".join(
+                f"{seconds} s: {count}" for seconds, count in sorted(counts.seconds_per_video.items())
+            ),
         ]
     if counts.labels:
         lines.append(f"{len(counts.labels)} labels: {_most_common(counts.labels)}")
@@ -116,7 +123,8 @@ def _log_mel_stats(folder: str, manifest: Manifest, num_clips: int) -> str:
     from loaders.config import AudioConfig
 
     waveforms = [
-        torch.from_numpy(waveform(clip).astype(np.float32) / 32768) for clip in spread_clips(folder, manifest, num_clips)
+        torch.from_numpy(waveform(clip).astype(np.float32) / 32768)
+        for clip in spread_clips(folder, manifest, num_clips)
     ]
     mean, std = log_mel_statistics(waveforms, AudioConfig())
     return f"log-mel of {len(waveforms)} clips: mean {mean:.3f}, standard deviation {std:.3f}"

@@ -2,9 +2,10 @@
 
     python tools/make_shards.py --videos FOLDER --out OUT [--csv FILE | --list FILE] [--split train]
 
-OUT gets {split}-slot{SS}-{NNNNNN}.tar and .idx, manifest.json, and report.csv with one line per video. Running the same
-command again goes on where a stopped run was, and does nothing when all is done. Exit status: 0 (also when some videos
-were skipped), 1 if no video gave a clip or the machine failed, 2 for wrong input, 130 after Ctrl-C.
+OUT gets {split}-slot{SS}-{NNNNNN}.tar and .idx, manifest.json, and report.csv with one line per video.
+Running the same command again goes on where a stopped run was, and does nothing when all is done. Exit
+status: 0 (also when some videos were skipped), 1 if no video gave a clip or the machine failed, 2 for wrong
+input, 130 after Ctrl-C.
 """
 
 import argparse
@@ -26,16 +27,26 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--videos", required=True, metavar="FOLDER", help="folder of videos, searched with all folders in it")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--csv", metavar="FILE", help="Kinetics csv (label,youtube_id,time_start,time_end,split)")
+    source.add_argument(
+        "--csv", metavar="FILE", help="Kinetics csv (label,youtube_id,time_start,time_end,split)"
+    )
     source.add_argument("--list", metavar="FILE", help="file with one path per line, relative to --videos")
     add("--out", required=True, metavar="OUT", help="folder for the shards of one split")
     add("--split", default="train", help="name that shards start with, and split of the csv (default: train)")
     add("--seed", type=int, default=0, help="for the order of videos and the choice of seconds (default: 0)")
     add(
-        "--workers", type=int, default=usable_cores(), metavar="N", help="videos at the same time (default: all cores)"
+        "--workers",
+        type=int,
+        default=usable_cores(),
+        metavar="N",
+        help="videos at the same time (default: all cores)",
     )
-    add("--max-clips", type=int, default=10, metavar="N", help="slots = seconds kept of a video (default: 10)")
-    add("--max-seconds", type=int, default=60, metavar="N", help="read only the first N seconds (default: 60)")
+    add(
+        "--max-clips", type=int, default=10, metavar="N", help="slots = seconds kept of a video (default: 10)"
+    )
+    add(
+        "--max-seconds", type=int, default=60, metavar="N", help="read only the first N seconds (default: 60)"
+    )
     add("--videos-per-shard", type=int, default=1000, metavar="N", help="default: 1000, about 70 MB")
     add(
         "--silence-dbfs",
@@ -46,7 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--crf", type=int, default=23, help="x264 quality, lower is better and larger (default: 23)")
     add("--preset", default="medium", help="x264 preset (default: medium)")
-    add("--timeout", type=float, default=300.0, metavar="SECONDS", help="for one pass over a video (default: 300)")
+    add(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="for one pass over a video (default: 300)",
+    )
     add("--dry-run", action="store_true", help="slice a few videos and estimate clips, bytes and time")
     return parser
 
@@ -106,8 +123,9 @@ def _fail(error: object, status: int) -> int:
 
 def _describe(manifest: Manifest, out: str) -> str:
     lines = [
-        f"{manifest.num_videos} videos kept: {manifest.num_distinct_clips} different seconds, {manifest.num_clips} clips "
-        f"in {manifest.num_slots} slots, {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB in {out}"
+        f"{manifest.num_videos} videos kept: {manifest.num_distinct_clips} different seconds, "
+        f"{manifest.num_clips} clips in {manifest.num_slots} slots, {len(manifest.shards)} shards, "
+        f"{manifest.num_bytes / 1e6:.1f} MB in {out}"
     ]
     if manifest.skipped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.skipped.items()))

@@ -1,9 +1,10 @@
-"""Make small test videos whose content is known exactly: a white flash and a beep at the same moment, again and again.
+"""Make small test videos whose content is known exactly: a flash and a beep at the same moment.
 
     python tools/make_synthetic_videos.py --out FOLDER [--num-videos 8] [--seed 0] [--seconds 3]
 
-`make_flash_beep_video` makes one video with a given frame rate, size, rotation, sound layout and start of each stream;
-`make_synthetic_videos` makes a folder of varied ones. Needs nothing but ffmpeg (the one on PATH or imageio-ffmpeg's).
+`make_flash_beep_video` makes one video with a given frame rate, size, rotation, sound layout and start of
+each stream; `make_synthetic_videos` makes a folder of varied ones. Needs nothing but ffmpeg (the one on PATH
+or imageio-ffmpeg's).
 """
 
 import argparse
@@ -51,15 +52,16 @@ def make_flash_beep_video(
     gop_frames: int = 12,
     extra: tuple[str, ...] = (),
 ) -> Path:
-    """Write one video; returns its path. Flashes begin half a second after the start of the video stream, at the next
-    frame, and repeat every round(fps) frames; a beep begins at the exact time of each flash.
+    """Write one video; returns its path. Flashes begin half a second after the start of the video stream, at
+    the next frame, and repeat every round(fps) frames; a beep begins at the exact time of each flash.
 
     Args:
         path: the suffix tells the container.
         fps: as ffmpeg takes it, for example "30000/1001".
         seconds: length of the picture.
         size: (width, height) before rotation.
-        video_start, audio_start: when each stream begins on the presentation clock. Beeps stay at the flashes.
+        video_start, audio_start: when each stream begins on the presentation clock. Beeps stay at the
+            flashes.
         audio_seconds: the sound ends at this time; default: with the picture.
         beep_lag: a true lack of synchronization: each beep is this much later than its flash.
         variable_rate: leave out about a third of the frames, in a pattern, never a flash.
@@ -86,9 +88,11 @@ def make_flash_beep_video(
         if has_video:
             width, height = size
             picture = (
-                f"testsrc2=s={width}x{height}:r={fps}:d={seconds},lutrgb=r=val*{DARKNESS}:g=val*{DARKNESS}:b=val*{DARKNESS},"
+                f"testsrc2=s={width}x{height}:r={fps}:d={seconds},"
+                f"lutrgb=r=val*{DARKNESS}:g=val*{DARKNESS}:b=val*{DARKNESS},"
                 f"drawbox=x=0:y=0:w=iw/4:h=ih/4:c=0xb0b0b0:t=fill,"
-                f"drawbox=c=white:t=fill:enable='between(mod(n-{first}+{period * 1000},{period}),0,{flash_frames - 1})'"
+                f"drawbox=c=white:t=fill:"
+                f"enable='between(mod(n-{first}+{period * 1000},{period}),0,{flash_frames - 1})'"
             )
             if variable_rate:
                 gap = (first + flash_frames + 1, first + flash_frames + period // 3)
@@ -96,9 +100,13 @@ def make_flash_beep_video(
             command += ["-itsoffset", f"{video_start}", "-f", "lavfi", "-i", picture]
             maps += ["-map", "0:v"]
         if sound != "none":
-            events = [video_start + float((first + k * period) / rate) + beep_lag for k in range(round(seconds) + 1)]
+            events = [
+                video_start + float((first + k * period) / rate) + beep_lag for k in range(round(seconds) + 1)
+            ]
             end = video_start + seconds if audio_seconds is None else audio_seconds
-            samples = _waveform(audio_start, end, sample_rate, events if sound == "beep" else [], beep_hz, noise_dbfs)
+            samples = _waveform(
+                audio_start, end, sample_rate, events if sound == "beep" else [], beep_hz, noise_dbfs
+            )
             if sound == "zeros":
                 samples = np.zeros_like(samples)
             _write_wav(Path(folder) / "sound.wav", samples, sample_rate, channels)
@@ -108,7 +116,9 @@ def make_flash_beep_video(
         whole = Path(folder) / f"whole{suffix}"
         command += maps
         if has_video:
-            command += ["-c:v", codecs[0], "-pix_fmt", pixel_format, "-g", str(gop_frames), "-fps_mode", "vfr"]
+            command += [
+                "-c:v", codecs[0], "-pix_fmt", pixel_format, "-g", str(gop_frames), "-fps_mode", "vfr"
+            ]
             if codecs[0] == "libx264":
                 command += ["-preset", "ultrafast", "-crf", "18"]
         if sound != "none":
@@ -117,8 +127,8 @@ def make_flash_beep_video(
         if rotation:
             turned = Path(folder) / f"turned{suffix}"
             _run(
-                [find_ffmpeg(), "-nostdin", "-v", "error", "-y", "-display_rotation", str(rotation), "-i", str(whole)]
-                + ["-c", "copy", str(turned)]
+                [find_ffmpeg(), *"-nostdin -v error -y -display_rotation".split(), str(rotation)]
+                + ["-i", str(whole), "-c", "copy", str(turned)]
             )
             whole = turned
         path.write_bytes(whole.read_bytes())
@@ -155,7 +165,8 @@ def _run(command: list[str]) -> None:
 def make_synthetic_videos(
     folder: str | os.PathLike, num_videos: int = 8, seed: int = 0, seconds: float = 3.0
 ) -> list[Path]:
-    """Write `video_000.mp4`, ... of varied frame rate, size, sound and length (seconds to seconds + 2); their paths.
+    """Write `video_000.mp4`, ... of varied frame rate, size, sound and length (seconds to seconds + 2); their
+    paths.
 
     Video k depends on (seed, k, seconds) alone.
     """
@@ -181,12 +192,16 @@ def make_synthetic_videos(
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="make_synthetic_videos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make_synthetic_videos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, metavar="FOLDER")
     parser.add_argument("--num-videos", type=int, default=8, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of the shortest video (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="length of the shortest video (default: 3)"
+    )
     args = parser.parse_args(argv)
     try:
         paths = make_synthetic_videos(args.out, args.num_videos, args.seed, args.seconds)
