@@ -1,6 +1,5 @@
 # Two commands set everything up: `make demo` and `make test`. Neither needs root, a GPU or a system ffmpeg.
 
-SHELL := /bin/bash
 VENV ?= .venv
 # The first of these that runs and is a Python that torch 2.11 supports here.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
@@ -8,17 +7,22 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
 	2>/dev/null && echo $$python && break; done)
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input -q
 
-.PHONY: help demo test bench clean
+export VIDEOS
+
+.PHONY: help install demo test bench clean
 
 help:
 	@echo "make demo                  generate a world of sounding objects, pretrain on it, write runs/demo/report.html"
 	@echo "make demo VIDEOS=FOLDER    the same on your own videos"
+	@echo "make install               only set up .venv"
 	@echo "make test                  run the tests (TESTS='-k queue' picks some)"
 	@echo "make bench                 what a shard costs to make, beside bare ffmpeg"
 	@echo "make clean                 remove runs/demo* and the virtual environment"
 
+install: $(VENV)/.installed
+
 demo: $(VENV)/.installed
-	$(VENV)/bin/python tools/demo.py $(if $(VIDEOS),--videos "$(VIDEOS)") $(DEMO)
+	$(VENV)/bin/python tools/demo.py $(if $(VIDEOS),--videos "$$VIDEOS") $(DEMO)
 
 test: $(VENV)/.installed-tests
 	$(VENV)/bin/python -m pytest $(TESTS)
@@ -26,11 +30,12 @@ test: $(VENV)/.installed-tests
 bench: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/make_shards.py
 
-$(VENV)/bin/python:
+$(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
-$(VENV)/.installed: $(VENV)/bin/python setup.py constraints.txt
+$(VENV)/.installed: $(VENV)/.created setup.py constraints.txt
 	@echo "Installing PyTorch and the rest into $(VENV) (about 6 GB, minutes on a fast network) ..."
 	$(PIP) -c constraints.txt -e .
 	@touch $@

@@ -7,16 +7,18 @@ import difflib
 import inspect
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import tyro
 
 from cmac.config import PRESETS, RunConfig
-from cmac.pretrain import pretrain
-from cmac.provenance import usable_cores
+from cmac.pretrain import run, start
 from loaders import build_loader
 from loaders.portable import TooManyBadClips
+from shards.pool import usable_cores
 
 
 def parse(arguments: list[str]) -> RunConfig:
@@ -43,39 +45,63 @@ def parse(arguments: list[str]) -> RunConfig:
 
 def main() -> None:
     """Join a loader and a model, and train."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = parse(sys.argv[1:])
-    except ValueError as error:
-        raise SystemExit(f"train.py: {error}") from error
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(config)
-    if device.type == "cpu":
-        # torchrun sets one thread per process when the user sets none.
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local_ranks))
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = choose_device(config)
+        if device.type == "cpu":
+            # torchrun sets one thread per process when the user sets none.
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local_ranks))
+        if world_size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        loader = build_loader(config.loader, rank, world_size, pin_memory=device.type == "cuda")
+        training = start(config, loader, device)
+    except (ValueError, OSError) as error:
+        _fail(f"train.py: {error}")
     try:
-        loader = build_loader(config.loader, rank, world_size)
-        try:
-            pretrain(config, loader, device)
-        finally:
-            loader.close()
-    except (ValueError, FloatingPointError, TooManyBadClips) as error:
-        raise SystemExit(f"train.py: {error}") from error
+        run(training, loader)
+    except (FloatingPointError, TooManyBadClips, OSError) as error:
+        _fail(f"train.py: {error}")
+    except Exception:
+        _fail(traceback.format_exc())
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        loader.close()
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
-def _device(config: RunConfig) -> torch.device:
+def choose_device(config: RunConfig) -> torch.device:
+    """This rank's GPU, or the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for and missing, or there are more ranks on this machine than GPUs.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("train.py: device is 'cuda' but torch sees no CUDA device; use --device cpu or auto")
+        raise ValueError("device is 'cuda' but torch sees no CUDA device; use --device cpu or auto")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} finds {torch.cuda.device_count()} GPU(s), expected one for each rank; "
+            "lower --nproc-per-node"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _fail(message: str) -> NoReturn:
+    """Print and end this rank with status 1.
+
+    With other ranks about, at once: they may wait in a collective, and tearing down a process group waits for them.
+    torchrun then ends them.
+    """
+    print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(1)
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ def save_checkpoint(folder: Path, step: int, config: RunConfig, state: dict, kee
     state: tensors, numbers, strings, lists and dictionaries only, so that `weights_only` loading takes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(".step_*.tmp"):  # of a process that was killed while it wrote
+        abandoned.unlink()
     path = folder / f"step_{step:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -60,7 +62,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         raise ValueError(f"{path}: no such checkpoint; checkpoints are RUN/checkpoints/step_*.pt") from error
     except Exception as error:  # torch.load raises whatever the broken byte provokes
         raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); use an older one"
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); remove it to go on from the one before"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__

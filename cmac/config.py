@@ -37,8 +37,8 @@ class OptimizerConfig:
     """Scale gradients down to this norm; 0 leaves them alone."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}, expected more than 0")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}, expected a finite value above 0")
         for name in ("weight_decay", "warmup_epochs", "clip_gradient_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected at least 0")
@@ -90,6 +90,9 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}, expected at least 1")
+        for name in ("seed", "cpu_threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if not self.run_dir:
             raise ValueError("run_dir is empty, expected the folder that this run writes to")
         needs_second = self.loss.positives != "cross"
@@ -122,7 +125,7 @@ def config_from_dict(data: dict) -> RunConfig:
         raise ValueError(f"this configuration does not fit this version of cmac: {error}") from error
 
 
-def pretrain_k400(shards: str = "shards/k400-train") -> RunConfig:
+def pretrain_k400(shards: str = "data/k400-train") -> RunConfig:
     """Section 4.1 with section 4.5's final schedule: 200 epochs, global batch 128, color jitter.
 
     Command: torchrun --nproc-per-node 8 train.py pretrain-k400 --loader.shards FOLDER
@@ -136,7 +139,7 @@ def pretrain_k400(shards: str = "shards/k400-train") -> RunConfig:
     )
 
 
-def pretrain_k400_ablation(shards: str = "shards/k400-train") -> RunConfig:
+def pretrain_k400_ablation(shards: str = "data/k400-train") -> RunConfig:
     """Section 4.3, the setting of Tables 1-3 and Fig. 4: 50 epochs, global batch 64, no color jitter.
 
     Command: torchrun --nproc-per-node 8 train.py pretrain-k400-ablation --loader.shards FOLDER

@@ -64,9 +64,10 @@ def noise_contrastive_loss(query: Tensor, key: Tensor, temperature: float) -> Te
 
     query, key: (N, D), any norm. Returns a float32 scalar. Eq. (2) is this for both directions.
     """
-    query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
-    similarity = query @ key.T / temperature  # (N, N)
-    return F.cross_entropy(similarity, torch.arange(len(query), device=query.device))
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
+        similarity = query @ key.T / temperature  # (N, N)
+        return F.cross_entropy(similarity, torch.arange(len(query), device=query.device))
 
 
 def contrastive_loss(
@@ -90,17 +91,19 @@ def contrastive_loss(
         cross_excluded: (N, K) bool, True where a key is no negative of a query (empty slot, same video).
         within_excluded: (N, K') bool likewise.
     """
-    query, key = query.float(), key.float()
-    logits = [(query * key).sum(dim=1, keepdim=True)]  # (N, 1)
-    for keys, excluded in ((cross_keys, cross_excluded), (within_keys, within_excluded)):
-        if keys is None:
-            continue
-        similarity = query @ keys.float().T  # (N, K)
-        if excluded is not None:
-            similarity = similarity.masked_fill(excluded, float("-inf"))
-        logits.append(similarity)
-    logits = torch.cat(logits, dim=1) / temperature  # (N, 1 + K + K')
-    loss = torch.logsumexp(logits, dim=1) - logits[:, 0]
+    # Autocast would take the products with the queue in half precision, and the temperature multiplies the error.
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = query.float(), key.float()
+        logits = [(query * key).sum(dim=1, keepdim=True)]  # (N, 1)
+        for keys, excluded in ((cross_keys, cross_excluded), (within_keys, within_excluded)):
+            if keys is None:
+                continue
+            similarity = query @ keys.float().T  # (N, K)
+            if excluded is not None:
+                similarity = similarity.masked_fill(excluded, float("-inf"))
+            logits.append(similarity)
+        logits = torch.cat(logits, dim=1) / temperature  # (N, 1 + K + K')
+        loss = torch.logsumexp(logits, dim=1) - logits[:, 0]
     return ContrastiveOutput(loss, logits[:, 1:].amax(dim=1) < logits[:, 0])
 
 

@@ -28,6 +28,7 @@ from cmac.encoders import (
 )
 from cmac.losses import LossConfig, attention_consistency_loss, contrastive_loss, total_loss
 from cmac.queue import KeyQueue
+from loaders.video_ops import normalize_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,13 +209,14 @@ class CMAC(nn.Module):
         """Embeddings that Eq. (7) compares: (N, K) filters -> (N, D) float32 of unit norm."""
         heads = self.heads if heads is None else heads
         head = heads["shared" if "shared" in heads else modality]
-        return F.normalize(head(filters).float(), dim=1)
+        with torch.autocast(filters.device.type, enabled=False):
+            return F.normalize(head(filters.float()), dim=1)
 
     def normalize_frames(self, frames: Tensor) -> Tensor:
         """uint8 frames -> float32, zero mean and unit deviation; float frames pass unchanged."""
         if frames.dtype != torch.uint8:
             return frames
-        return frames.float().sub_(255 * self.pixel_mean).div_(255 * self.pixel_std)
+        return normalize_frames(frames, self.pixel_mean, self.pixel_std)
 
     @torch.no_grad()
     def encode(self, frames: Tensor, log_mel: Tensor) -> Encoded:

@@ -1,6 +1,6 @@
 """Pretraining: the step, the schedule and the loop over a loader."""
 
-import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -88,6 +88,8 @@ class Pretraining:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0
         self.train_seconds = 0.0
+        self.bad_clips = 0
+        self.commit = git_commit() if self.rank == 0 else None
 
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.world_size).to(device)
@@ -122,10 +124,8 @@ class Pretraining:
         batch = batch.to(self.device)
         second = None if batch.second is None else (batch.second.frames, batch.second.log_mel)
         valid = batch.valid if batch.second is None else batch.valid & batch.second.valid
-        # Two shuffles per step (of first and second clips), and a stream of its own per seed.
-        shuffle_seed = (self.config.seed << 40) + 2 * self.step
         with self._autocast():
-            output = self.forward(batch.frames, batch.log_mel, batch.video_ids, valid, shuffle_seed, second)
+            output = self.forward(batch.frames, batch.log_mel, batch.video_ids, valid, self._shuffle_seed(), second)
         self.scaler.scale(output.loss).backward()
         if self.config.optimizer.clip_gradient_norm > 0:
             self.scaler.unscale_(self.optimizer)
@@ -136,6 +136,11 @@ class Pretraining:
         self.model.enqueue(output)
         self.step += 1
         return output
+
+    def _shuffle_seed(self) -> int:
+        """The same on all ranks, another for each run's seed and step."""
+        digest = hashlib.blake2b(f"{self.config.seed}/{self.step}".encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "big")
 
     def _autocast(self) -> AbstractContextManager:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
@@ -154,16 +159,24 @@ class Pretraining:
             "loader": loader.state_dict(),
             "rng": states,
             "train_seconds": self.train_seconds,
-            "commit": git_commit(),
+            "bad_clips": self.bad_clips,
+            "commit": self.commit,
         }
 
     def load_state_dict(self, state: dict, loader: Loader) -> None:
         """Go on from a checkpoint's state, as `read_checkpoint` gives it."""
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
+        self.bad_clips = state["bad_clips"]
         self.model.load_state_dict(state["model"])
+        configured = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(values)  # the file brings the momentum; weight decay and the like are this configuration's
+        if state["scaler"]:  # empty when the precision so far needed no loss scaling
+            self.scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])
         if len(state["rng"]) == self.world_size:
             # Nothing in the step draws from these generators today (crops and shuffles have seeds of their own).
@@ -188,39 +201,69 @@ def use_channels_last(model: CMAC) -> None:
 
 
 def pretrain(config: RunConfig, loader: Loader, device: torch.device) -> Pretraining:
-    """Train to the end of `config`, logging and saving into `config.run_dir`. Resumes exactly.
+    """`start` and `run` in one."""
+    training = start(config, loader, device)
+    run(training, loader)
+    return training
+
+
+def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretraining:
+    """Build the model, go on from the newest checkpoint in `config.run_dir` if there is one, and write config.json.
 
     Raises:
-        ValueError: the run folder holds a run of another configuration.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: the configuration does not fit the shards or the machine, or the run folder holds another run.
+        OSError: the run folder cannot be written.
     """
     run_dir = Path(config.run_dir)
     training = Pretraining(config, device, len(loader))
-    main_rank = training.rank == 0
     _resume(training, loader, run_dir)
-    log = None
-    if main_rank:
+    if training.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8")
         for name, count in training.model.parameter_counts().items():
             print(f"{name}: {count:,} parameters", flush=True)
         plan = f"{training.total_steps} steps of {config.loader.global_batch_size} clips"
         print(f"{plan}, {training.precision}, {training.world_size} rank(s) on {device}", flush=True)
-        log = RunLog(run_dir, training.total_steps, training.step)
+        _warn_of_shared_statistics(training)
+    return training
+
+
+def _warn_of_shared_statistics(training: Pretraining) -> None:
+    model, num_clips = training.config.model, training.config.loader.global_batch_size
+    group = model.batch_norm_group
+    if training.world_size == 1 and model.batch_norm == "shuffle" and (num_clips <= group or num_clips % group):
+        print(
+            f"note: model.batch_norm is 'shuffle', but one rank cannot split {num_clips} clips into groups of {group}: "
+            "queries and keys share batch statistics; choose a larger batch or a smaller model.batch_norm_group",
+            flush=True,
+        )
+
+
+def run(training: Pretraining, loader: Loader) -> None:
+    """Train to the last step, logging and saving into the run folder. All ranks must call it.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    config, main_rank = training.config, training.rank == 0
+    run_dir = Path(config.run_dir)
+    log = RunLog(run_dir, training.total_steps, training.step) if main_rank else None
     meter = _Meter(training)
     try:
         while training.step < training.total_steps:
             for batch in _timed(loader, meter):
+                record_bad_clips(run_dir / "bad_clips.jsonl", batch)
                 output = training.train_step(batch)
                 meter.add(output, batch)
                 if log is not None:
                     log.advance(training.step)
                 last = training.step == training.total_steps
-                if training.step % config.log_every == 0 or last:
-                    row = meter.row(loader)
+                save = last or training.step % config.checkpoint_every == 0
+                if save or training.step % config.log_every == 0:
+                    row = meter.row(loader)  # before saving: it refuses to go on with a loss that is not finite
                     if log is not None:
                         log.write(row)
-                if training.step % config.checkpoint_every == 0 or last:
+                if save:
                     state = training.state_dict(loader)
                     if main_rank:
                         folder = run_dir / "checkpoints"
@@ -230,7 +273,19 @@ def pretrain(config: RunConfig, loader: Loader, device: torch.device) -> Pretrai
     finally:
         if log is not None:
             log.close()
-    return training
+
+
+def record_bad_clips(path: Path, batch: ClipBatch) -> None:
+    """Append a line with epoch, step, key, shard and reason for each bad clip of a rank's batch."""
+    bad = batch.bad if batch.second is None else (*batch.bad, *batch.second.bad)
+    if not bad:
+        return
+    lines = [
+        {"epoch": batch.epoch, "step": batch.step, "key": clip.key, "shard": clip.shard, "reason": clip.reason}
+        for clip in bad
+    ]
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _resume(training: Pretraining, loader: Loader, run_dir: Path) -> None:
@@ -288,6 +343,7 @@ class _Meter:
         self._training = training
         self._first_step = training.step
         self._started_run = time.perf_counter()
+        self._bad_before = training.bad_clips
         self._reset()
 
     def _reset(self) -> None:
@@ -304,21 +360,26 @@ class _Meter:
         self._epoch = batch.epoch
 
     def row(self, loader: Loader) -> dict[str, float | int]:
-        """A log row over the steps since the last one, averaged over ranks. All ranks must call it.
+        """A log row over the steps since the last one, averaged over ranks; the wait for data is the longest of all ranks.
+        All ranks must call it.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
         training = self._training
-        bad = torch.tensor([float(loader.bad_clips.total()), float(self._num_clips)], device=training.device)
+        seconds = time.perf_counter() - self._started
         sums = self._sums / self._num_steps
+        counts = torch.tensor([loader.bad_clips.total(), self._num_clips], device=training.device)
+        # The rank that waits longest for its data holds up all others.
+        wait_seconds = torch.tensor([self.wait_seconds], device=training.device)
         if training.world_size > 1:
             dist.all_reduce(sums)
             sums /= training.world_size
-            dist.all_reduce(bad)
+            dist.all_reduce(counts)
+            dist.all_reduce(wait_seconds, op=dist.ReduceOp.MAX)
         means = dict(zip(self._MEANS, sums.tolist(), strict=True))
-        bad_clips, num_clips = bad.tolist()
-        seconds = time.perf_counter() - self._started
+        bad_clips, num_clips = counts.tolist()
+        training.bad_clips = self._bad_before + bad_clips
         training.train_seconds += seconds
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
@@ -337,8 +398,8 @@ class _Meter:
             "accuracy_a2v": means["accuracy_a2v"],
             "learning_rate": training.optimizer.param_groups[0]["lr"],
             "clips_per_second": num_clips / seconds,
-            "data_wait_fraction": self.wait_seconds / seconds,
-            "bad_clips": int(bad_clips),
+            "data_wait_fraction": min(1.0, wait_seconds.item() / seconds),
+            "bad_clips": training.bad_clips,
             "train_seconds": training.train_seconds,
             "eta_seconds": per_step * (training.total_steps - training.step),
         }

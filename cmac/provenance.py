@@ -1,11 +1,12 @@
 """What a result came from: commit, machine and library versions."""
 
-import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
+
+from shards.pool import usable_cores
 
 
 def git_commit() -> str:
@@ -17,11 +18,6 @@ def git_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return result.stdout.strip() or "unknown"
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_hardware() -> str:

@@ -29,11 +29,15 @@ class KeyQueue(nn.Module):
         Args:
             keys: (N, D), unit norm. If N exceeds the length, the last ones stay.
             video_ids: (N,) int64, at least 0.
-            valid: (N,) bool; a false row takes a slot that stays out of the loss.
+            valid: (N,) bool; a false row takes a slot that stays out of the loss, and so does a key that is not
+                finite (of a step that loss scaling skips).
         """
         length = self.keys.shape[0]
+        usable = torch.isfinite(keys).all(dim=1)  # (N,)
         if valid is not None:
-            video_ids = torch.where(valid, video_ids, EMPTY)
+            usable = usable & valid
+        video_ids = torch.where(usable, video_ids, EMPTY)
+        keys = torch.where(usable[:, None], keys, 0)  # a masked NaN would still reach the gradient
         keys, video_ids = keys[-length:].to(self.keys.dtype), video_ids[-length:]
         slots = (self.position + torch.arange(len(keys), device=keys.device)) % length
         self.keys.index_copy_(0, slots, keys)

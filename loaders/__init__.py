@@ -34,13 +34,16 @@ class Loader(Protocol):
         """End worker processes and free buffers."""
 
 
-def build_loader(config: "LoaderConfig", rank: int = 0, world_size: int = 1) -> Loader:
+def build_loader(
+    config: "LoaderConfig", rank: int = 0, world_size: int = 1, *, pin_memory: bool = False
+) -> Loader:
     """The loader that config.backend names.
 
     Args:
         config: what to read and what to do to it.
         rank: which part of each global batch, 0 <= rank < world_size.
         world_size: number of ranks; divides config.global_batch_size.
+        pin_memory: hand out batches in page-locked memory, for copies to a GPU that do not wait.
 
     Raises:
         ValueError: the shards or the configuration do not allow it; the message says what to change.
@@ -49,4 +52,4 @@ def build_loader(config: "LoaderConfig", rank: int = 0, world_size: int = 1) -> 
 
     log = logging.getLogger(__name__)
     log.info("loader backend: portable (PyAV in %d worker processes)", config.num_workers)
-    return PortableLoader(config, rank, world_size)
+    return PortableLoader(config, rank, world_size, pin_memory=pin_memory)

@@ -334,7 +334,9 @@ class PortableLoader:
     processes start at the first batch, live through all epochs, and work ahead over the end of an epoch.
     """
 
-    def __init__(self, config: LoaderConfig, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, config: LoaderConfig, rank: int = 0, world_size: int = 1, *, pin_memory: bool = False
+    ) -> None:
         """Reads the manifest and checks that every shard is there in its full size.
 
         Raises:
@@ -345,6 +347,7 @@ class PortableLoader:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self._pin_memory = pin_memory
         self.manifest = read_manifest(config.shards)
         shard_paths, clips_per_shard = _check_shards(config.shards, self.manifest)
         self._order = _Order(config, clips_per_shard, self.manifest.num_slots)
@@ -497,7 +500,7 @@ class PortableLoader:
             batch_size=None,
             sampler=sampler,
             collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pin_memory,
             **workers,
         )
         with _without_main_module():

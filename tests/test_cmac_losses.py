@@ -113,6 +113,16 @@ def test_excluded_negatives_do_not_count_and_all_excluded_is_zero():
     assert torch.equal(nothing.loss, torch.zeros(4)) and torch.isfinite(leaf.grad).all()
 
 
+def test_half_precision_autocast_leaves_the_losses_alone():
+    query, key, cross = unit(6, 32, seed=1).float(), unit(6, 32, seed=2).float(), unit(40, 32, seed=3).float()
+    expected = contrastive_loss(query, key, cross, cross, 0.07).loss
+    plain = noise_contrastive_loss(query, key, 0.07)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (query @ cross.T).dtype == torch.bfloat16
+        assert torch.equal(contrastive_loss(query, key, cross, cross, 0.07).loss, expected)
+        assert torch.equal(noise_contrastive_loss(query, key, 0.07), plain)
+
+
 def test_accuracy_compares_the_positive_with_the_best_negative():
     query = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     key = torch.tensor([[1.0, 0.0], [0.0, 1.0]])

@@ -150,6 +150,18 @@ def test_encode_gives_unit_embeddings_and_maps_in_range():
         assert 0 <= attention.min() and attention.max() <= 1
 
 
+def test_keys_and_losses_are_float32_under_half_precision_autocast():
+    model = build()
+    model.enqueue(model(*clips(4), 0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(*clips(4, 1), 1)
+        filters = model.audio(clips(4)[1])[2]
+        assert model.audio.encoder(clips(4)[1]).dtype == torch.bfloat16
+        assert torch.equal(model.project(filters, "a"), model.project(filters.float(), "a"))
+    assert output.loss.dtype == output.keys_v.dtype == filters.dtype == torch.float32
+    torch.testing.assert_close(output.keys_v.norm(dim=1), torch.ones(4), atol=1e-6, rtol=0)
+
+
 def test_uint8_frames_are_normalized_by_mean_and_deviation():
     model = build()
     frames = torch.full((1, 3, 1, 1, 1), 255, dtype=torch.uint8)

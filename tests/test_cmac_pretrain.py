@@ -25,8 +25,8 @@ from cmac.config import (
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.losses import LossConfig
 from cmac.model import ModelConfig
-from cmac.pretrain import Pretraining, build_optimizer, learning_rate_at, pretrain, resolve_precision
-from loaders.batch import ClipBatch
+from cmac.pretrain import Pretraining, build_optimizer, learning_rate_at, pretrain, resolve_precision, start
+from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ class FakeLoader:
             valid=torch.tensor([True, True, True, step != 3]),
             clips=(None,) * 4,
             augmentations=(None,) * 4,
-            bad=(),
+            bad=(BadClipRecord(key="d", shard="s", reason="decode-error"),) if step == 3 else (),
             epoch=self.epoch,
             step=step,
         )
@@ -176,6 +176,8 @@ def test_a_run_writes_its_configuration_rows_and_checkpoints(tmp_path):
     assert names == ["step_00000008.pt", "step_00000012.pt", "step_00000015.pt"]
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert list((tmp_path / "run/tb").iterdir())
+    bad = [json.loads(line) for line in (tmp_path / "run/bad_clips.jsonl").read_text().splitlines()]
+    assert bad[0] == {"epoch": 0, "step": 3, "key": "d", "shard": "s", "reason": "decode-error"} and len(bad) == 3
 
 
 @pytest.mark.parametrize("stop_after", [4, 8, 10])
@@ -194,6 +196,42 @@ def test_resuming_equals_never_stopping(tmp_path, stop_after):
         assert torch.equal(expected[name], got[name]), name
     for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "run"), strict=True):
         assert (one["step"], one["loss"], one["learning_rate"]) == (other["step"], other["loss"], other["learning_rate"])
+
+
+def test_resuming_takes_the_optimizer_settings_of_the_new_configuration(tmp_path):
+    run = config(tmp_path / "run")
+    pretrain(dataclasses.replace(run, max_steps=4), FakeLoader(), CPU)
+    changed = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, weight_decay=0.5, momentum=0.1))
+    training = start(changed, FakeLoader(), CPU)
+    (group,) = training.optimizer.param_groups
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.1)
+    assert all("momentum_buffer" in training.optimizer.state[parameter] for parameter in group["params"])
+
+
+def test_bad_clips_are_counted_over_a_resume(tmp_path):
+    run = config(tmp_path / "run")
+    pretrain(dataclasses.replace(run, max_steps=8), FakeLoader(), CPU)
+    pretrain(run, FakeLoader(), CPU)
+    assert [row["bad_clips"] for row in rows(tmp_path / "run")] == [0, 1, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("seed", [0, 20240101, 2**62])
+def test_any_seed_shuffles_keys_anew_at_every_step(tmp_path, seed):
+    training = Pretraining(config(tmp_path, seed=seed), CPU, steps_per_epoch=5)
+    seeds = []
+    for batch in FakeLoader():
+        seeds.append(training._shuffle_seed())
+        training.train_step(batch)
+    assert len(set(seeds)) == 5 and 0 <= min(seeds) and max(seeds) < 2**63
+
+
+def test_a_batch_that_groups_cannot_split_is_said_aloud(tmp_path, capsys):
+    fits = config(tmp_path / "fits")
+    start(fits, FakeLoader(), CPU)
+    assert "share batch statistics" not in capsys.readouterr().out
+    model = dataclasses.replace(fits.model, batch_norm_group=16)
+    start(config(tmp_path / "small", model=model), FakeLoader(), CPU)
+    assert "share batch statistics" in capsys.readouterr().out
 
 
 def test_rows_after_the_checkpoint_are_replaced_on_resume(tmp_path):
@@ -257,6 +295,7 @@ def test_unusable_checkpoints_say_so(tmp_path):
 
 
 def test_checkpoint_that_fails_to_write_leaves_the_old_ones(tmp_path):
+    (tmp_path / ".step_00000009.pt.1.tmp").touch()  # of a process that was killed
     save_checkpoint(tmp_path, 1, demo(), {"model": {}}, keep=2)
     with pytest.raises(Exception, match="pickle|local"):
         save_checkpoint(tmp_path, 2, demo(), {"model": lambda: None}, keep=2)

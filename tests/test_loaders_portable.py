@@ -454,7 +454,7 @@ def test_close_ends_the_workers_and_iterating_starts_new_ones(shards):
 
 @pytest.mark.gpu
 def test_batches_are_pinned_where_there_is_a_gpu(shards):
-    loader = build_loader(config(shards, num_workers=1, clips_per_video=2))
+    loader = build_loader(config(shards, num_workers=1, clips_per_video=2), pin_memory=True)
     batch = next(iter(loader))
     assert batch.frames.is_pinned() and batch.log_mel.is_pinned() and batch.second.frames.is_pinned()
     moved = batch.to("cuda")

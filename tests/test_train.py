@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def shards(tmp_path_factory) -> Path:
 def command(shards: Path, run_dir: Path, *more: str, processes: int = 0) -> list[str]:
     start = [sys.executable]
     if processes:
-        start = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc-per-node={processes}"]
+        start = [*start, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*start, "train.py", "demo", "--run-dir", str(run_dir), "--loader.shards", str(shards), *SMALL, *more]
 
 
@@ -87,13 +88,41 @@ def test_killed_run_ends_where_an_unbroken_one_does(shards, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_two_ranks_train_on_uneven_shards_without_hanging(shards, tmp_path):
-    """Sixteen videos in shards of five, five, five and one; then the run goes on with one rank."""
-    run(shards, tmp_path / "run", "--max-steps", "5", processes=2)
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    result = run(shards, tmp_path / "run", "--max-steps", "7")
+def test_two_ranks_train_on_uneven_shards_and_resume_exactly(shards, tmp_path):
+    """Sixteen videos in shards of five, five, five and one; at last the run goes on with one rank."""
+    run(shards, tmp_path / "whole", "--max-steps", "5", "--model.batch-norm", "shuffle", processes=2)
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [1, 2, 3, 4, 5]
+    for steps in ("3", "5"):
+        run(shards, tmp_path / "run", "--max-steps", steps, "--model.batch-norm", "shuffle", processes=2)
+    whole, resumed = (cmac.load_checkpoint(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
+    for name, value in whole.items():
+        # Batch-norm statistics are each rank's own, and the checkpoint holds the first rank's.
+        assert torch.equal(value, resumed[name]), name
+    result = run(shards, tmp_path / "run", "--max-steps", "7", "--model.batch-norm", "shuffle")
     assert "at step 5" in result.stdout
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_rank_that_fails_ends_all(shards, tmp_path):
+    """Clips that do not decode reach one rank's budget or the other's; neither may wait for its partner for ever."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged)
+    for tar in damaged.glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        for start in range(0, len(content), 1024):
+            content[start + 700 : start + 720] = b"\0" * 20
+        tar.write_bytes(content)
+    options = ("--max-steps", "60", "--loader.max-bad-fraction", "0")
+    result = subprocess.run(
+        command(damaged, tmp_path / "run", *options, processes=2),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "clips are bad" in result.stderr and "check_shards" in result.stderr
 
 
 def test_two_clips_per_video_train_within_modal_positives(shards, tmp_path):
@@ -111,6 +140,7 @@ def test_two_clips_per_video_train_within_modal_positives(shards, tmp_path):
         (["demo", "--loader.global-batch-size", "0"], "loader.global_batch_size is 0, expected at least 1"),
         (["demo", "--loader.globl-batch-size", "8"], "--loader.global-batch-size"),
         (["demo", "--model.batch-norm", "syncc"], "sync"),
+        (["demo", "--cpu-threads", "-1"], "cpu_threads is -1, expected at least 0"),
     ],
 )
 def test_mistakes_on_the_command_line_are_explained(arguments, message):

@@ -7,6 +7,9 @@ Each step is a command of its own, printed before it runs. A second run takes up
 """
 
 import argparse
+import functools
+import hashlib
+import os
 import shlex
 import subprocess
 import sys
@@ -15,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cmac.provenance import usable_cores
 from shards.manifest import read_manifest
+from shards.pool import usable_cores
 from shards.sources import videos_of_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +30,7 @@ WORLD_SLOTS = 6
 BATCH = 32
 
 
-def run(title: str, command: list[str]) -> None:
+def run_step(title: str, command: list[str], run_dir: Path) -> None:
     """Print a step and run it from the project's folder.
 
     Raises:
@@ -37,8 +40,16 @@ def run(title: str, command: list[str]) -> None:
     started = time.monotonic()
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code != 0:
-        raise SystemExit(f"demo: '{title}' ended with exit status {code}; mend what it says above and run it again")
+        raise SystemExit(
+            f"demo: '{title}' ended with exit status {code}; mend what it says above and run it again, "
+            f"or start over: rm -r {run_dir}"
+        )
     print(f"-- {time.monotonic() - started:.0f} s", flush=True)
+
+
+def run_name(videos: Path) -> str:
+    """The folder's name, with a digest of its path, since many folders are called "videos"."""
+    return f"{videos.name}-{hashlib.blake2b(os.fsencode(videos), digest_size=3).hexdigest()}"
 
 
 def choose_videos(folder: Path, limit: int, list_path: Path) -> list[str]:
@@ -68,47 +79,51 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("steps", "max_videos", "train_videos", "test_videos"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    if args.videos is not None and not args.videos.is_dir():
-        parser.error(f"--videos {args.videos}: no such folder")
+    if args.videos is not None:
+        args.videos = args.videos.expanduser().resolve()
+        if not args.videos.is_dir():
+            parser.error(f"--videos {args.videos}: no such folder")
     started = time.monotonic()
 
     python = sys.executable
-    default = "runs/demo" if args.videos is None else f"runs/demo-{args.videos.resolve().name}"
+    default = "runs/demo" if args.videos is None else f"runs/demo-{run_name(args.videos)}"
     run_dir = Path(default) if args.run is None else args.run.resolve()
     absolute = ROOT / run_dir
+    step = functools.partial(run_step, run_dir=absolute)
     train_shards, test_shards = run_dir / "shards/train", run_dir / "shards/test"
     steps = args.steps
     if args.videos is None:
         world = run_dir / "world"
         videos = ["--train-videos", str(args.train_videos), "--test-videos", str(args.test_videos)]
-        run("generate a world of sounding objects", [python, "tools/make_world.py", "--out", str(world), *videos])
+        step("generate a world of sounding objects", [python, "tools/make_world.py", "--out", str(world), *videos])
         make = [python, "tools/make_shards.py", "--preset", "veryfast"]
         source = ["--videos", str(world / "train"), "--max-clips", str(WORLD_SLOTS)]
-        run("cut the training videos into shards", [*make, *source, "--out", str(train_shards)])
+        step("cut the training videos into shards", [*make, *source, "--out", str(train_shards)])
         source = ["--videos", str(world / "test"), "--max-clips", "2", "--split", "test"]
-        run("cut the unseen test videos into shards", [*make, *source, "--out", str(test_shards)])
+        step("cut the unseen test videos into shards", [*make, *source, "--out", str(test_shards)])
         truth = ["--world", str(world)]
     else:
         steps = steps or 300
-        source = choose_videos(args.videos.resolve(), args.max_videos, absolute / "videos.txt")
+        source = choose_videos(args.videos, args.max_videos, absolute / "videos.txt")
         make = [python, "tools/make_shards.py", *source, "--out", str(train_shards)]
-        run(f"cut the videos of {args.videos} into shards", make)
+        step(f"cut the videos of {args.videos} into shards", make)
         test_shards, truth = train_shards, []
 
     num_videos = read_manifest(ROOT / train_shards).num_videos
     if num_videos < 2:
-        raise SystemExit(f"demo: {num_videos} video gave clips, and contrastive learning needs at least 2; see report.csv")
+        report = ROOT / train_shards / "report.csv"
+        raise SystemExit(f"demo: {num_videos} video gave clips, contrastive learning needs at least 2; see {report}")
     ranks = min(2, usable_cores())
-    torchrun = [str(Path(python).with_name("torchrun")), "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]  # torchrun
     train = [*torchrun, "train.py", "demo", "--run-dir", str(run_dir), "--loader.shards", str(train_shards)]
     if num_videos < BATCH:
         train += ["--loader.global-batch-size", str(num_videos - num_videos % ranks)]
     if steps is not None:
         train += ["--max-steps", str(steps)]
-    run("pretrain", train)
+    step("pretrain", train)
     command = "make demo" if args.videos is None else f"make demo VIDEOS={args.videos}"
     evaluate = [python, "tools/evaluate_demo.py", "--run", str(run_dir), "--shards-test", str(test_shards), *truth]
-    run("evaluate", [*evaluate, "--command", command])
+    step("evaluate", [*evaluate, "--command", command])
 
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
     print(f"Open {absolute / 'report.html'} in a browser; the figures are in {absolute / 'metrics.json'}.")
