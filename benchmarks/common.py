@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from cmac.provenance import cpu_model
+from shards.pool import usable_cores
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARIES = (
@@ -35,7 +38,7 @@ def machine_info() -> dict[str, Any]:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpu, driver = _gpu()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_model(),
         "usable_cores": usable_cores(),
         "memory_bytes": memory,
         "gpu": gpu,
@@ -43,11 +46,6 @@ def machine_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit_info() -> dict[str, Any]:
@@ -120,16 +118,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or None
 
 
 def _gpu() -> tuple[str | None, str | None]:

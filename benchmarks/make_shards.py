@@ -207,9 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'':24s}{'clips/s per core':>18s}{'CPU ms per clip':>18s}{'clips/s, wall':>16s}")
     for name, label in (("bare", "bare ffmpeg"), ("make", "make_shards")):
         cost = quantiles(cpu[name])["median"]
-        print(
-            f"{label:24s}{1 / cost:18.1f}{1000 * cost:18.1f}{quantiles(rates[name])['median']:16.1f}"
-        )
+        print(f"{label:24s}{1 / cost:18.1f}{1000 * cost:18.1f}{quantiles(rates[name])['median']:16.1f}")
     share = quantiles(cpu_shares)["median"]
     print(
         f"make_shards / bare: {share:.3f} per core, {quantiles(shares)['median']:.3f} by wall time with "

@@ -25,7 +25,9 @@ def save_checkpoint(folder: Path, step: int, config: RunConfig, state: dict, kee
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "step": step, "config": json.dumps(config_to_dict(config)), **state}, file)
+            torch.save(
+                {"format": FORMAT, "step": step, "config": json.dumps(config_to_dict(config)), **state}, file
+            )
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -62,11 +64,12 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         raise ValueError(f"{path}: no such checkpoint; checkpoints are RUN/checkpoints/step_*.pt") from error
     except Exception as error:  # torch.load raises whatever the broken byte provokes
         raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); remove it to go on from the one before"
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {error}); "
+            "remove it to go on from the one before"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path}: checkpoint format {found}, expected {FORMAT}; it is not from this version of cmac")
+        raise ValueError(f"{path}: format {found}, expected {FORMAT}; not of this version of cmac")
     state["config"] = config_from_dict(json.loads(state["config"]))
     return state
 
@@ -94,7 +97,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     if path.is_dir():
         checkpoints = list_checkpoints(path / "checkpoints")
         if not checkpoints:
-            raise ValueError(f"{path}: holds no checkpoints/step_*.pt; give a run folder or a checkpoint file")
+            raise ValueError(
+                f"{path}: holds no checkpoints/step_*.pt; give a run folder or a checkpoint file"
+            )
         path = checkpoints[-1]
     state = read_checkpoint(path, device)
     model = build_model(state["config"])

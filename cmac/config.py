@@ -38,7 +38,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}, expected a finite value above 0")
+            raise ValueError(
+                f"optimizer.learning_rate is {self.learning_rate}, expected a finite value above 0"
+            )
         for name in ("weight_decay", "warmup_epochs", "clip_gradient_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected at least 0")

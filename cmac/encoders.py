@@ -54,7 +54,9 @@ def _check_stages(name: str, widths: tuple[int, ...], blocks: tuple[int, ...]) -
 class _SpatioTemporalConv(nn.Sequential):
     """1x3x3 convolution, batch norm, ReLU, 3x1x1 convolution: (N, C, T, H, W) -> (N, out, T/s, H/s, W/s)."""
 
-    def __init__(self, in_channels: int, out_channels: int, mid_channels: int, stride: int, norm: NormLayer) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, mid_channels: int, stride: int, norm: NormLayer
+    ) -> None:
         super().__init__(
             nn.Conv3d(in_channels, mid_channels, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False),
             norm(mid_channels),
@@ -74,7 +76,9 @@ class _VideoBlock(nn.Module):
             norm(out_channels),
             nn.ReLU(inplace=True),
         )
-        self.conv2 = nn.Sequential(_SpatioTemporalConv(out_channels, out_channels, mid, 1, norm), norm(out_channels))
+        self.conv2 = nn.Sequential(
+            _SpatioTemporalConv(out_channels, out_channels, mid, 1, norm), norm(out_channels)
+        )
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
@@ -225,7 +229,9 @@ class _GroupedBatchNorm(nn.Module):
         for group in x.split(self.group_size):
             # Clones: autograd keeps the running statistics that it was given, so they must not change later.
             mean, variance = self.running_mean.clone(), self.running_var.clone()
-            groups.append(F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps))
+            groups.append(
+                F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            )
             means.append(mean)
             variances.append(variance)
         with torch.no_grad():

@@ -38,7 +38,9 @@ class LossConfig:
         if self.consistency_weight < 0:
             raise ValueError(f"loss.consistency_weight is {self.consistency_weight}, expected at least 0")
         if not self.contrastive and self.consistency_weight == 0:
-            raise ValueError("loss.contrastive is False and loss.consistency_weight is 0: nothing is left to train")
+            raise ValueError(
+                "loss.contrastive is False and loss.consistency_weight is 0: nothing is left to train"
+            )
         if not self.contrastive and self.positives != "cross":
             raise ValueError(
                 f"loss.positives is {self.positives!r} without loss.contrastive; leave it at 'cross' or train L_cl"

@@ -205,7 +205,9 @@ class CMAC(nn.Module):
         }
         return {name: count_parameters(module) for name, module in parts.items()}
 
-    def project(self, filters: Tensor, modality: Literal["v", "a"], heads: nn.ModuleDict | None = None) -> Tensor:
+    def project(
+        self, filters: Tensor, modality: Literal["v", "a"], heads: nn.ModuleDict | None = None
+    ) -> Tensor:
         """Embeddings that Eq. (7) compares: (N, K) filters -> (N, D) float32 of unit norm."""
         heads = self.heads if heads is None else heads
         head = heads["shared" if "shared" in heads else modality]
@@ -266,7 +268,8 @@ class CMAC(nn.Module):
         loss = self.loss_config
         if loss.positives != "cross" and second is None:
             raise ValueError(
-                f"loss.positives is {loss.positives!r} but the batch has one clip per video; set loader.clips_per_video to 2"
+                f"loss.positives is {loss.positives!r} but the batch has no second clip; "
+                "set loader.clips_per_video to 2"
             )
         feature_v, transformed_v, filter_v = self.video(self.normalize_frames(frames))
         feature_a, transformed_a, filter_a = self.audio(log_mel)
@@ -350,7 +353,11 @@ class CMAC(nn.Module):
         """key = m * key + (1 - m) * query for f, g and the heads of both modalities; batch-norm statistics of the
         key encoders follow from their own forwards, as in MoCo."""
         queries, keys = [], []
-        for query, key in ((self.video, self.key_video), (self.audio, self.key_audio), (self.heads, self.key_heads)):
+        for query, key in (
+            (self.video, self.key_video),
+            (self.audio, self.key_audio),
+            (self.heads, self.key_heads),
+        ):
             queries += [parameter.detach() for parameter in query.parameters()]
             keys += list(key.parameters())
         torch._foreach_lerp_(keys, queries, 1 - self.config.momentum)
@@ -360,7 +367,9 @@ class CMAC(nn.Module):
         """Keys of this rank's clips, (N, D) each; with batch_norm "shuffle" computed among other clips."""
         shuffle = self.config.batch_norm == "shuffle"
         if shuffle:
-            order = _shuffled_order(len(frames) * _world_size(), shuffle_seed).to(frames.device, non_blocking=True)
+            order = _shuffled_order(len(frames) * _world_size(), shuffle_seed).to(
+                frames.device, non_blocking=True
+            )
             frames, log_mel = _take_shuffled(frames, order), _take_shuffled(log_mel, order)
         keys_v = self.project(self.key_video(self.normalize_frames(frames))[2], "v", self.key_heads)
         keys_a = self.project(self.key_audio(log_mel)[2], "a", self.key_heads)
@@ -430,4 +439,3 @@ def _put_back(keys: Tensor, order: Tensor) -> Tensor:
     gathered = torch.empty_like(shuffled)
     gathered[order] = shuffled
     return gathered[_rank() * num_clips : (_rank() + 1) * num_clips]
-

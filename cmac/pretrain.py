@@ -22,7 +22,9 @@ from loaders import Loader
 from loaders.batch import ClipBatch
 
 
-def learning_rate_at(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int, ranks: int) -> float:
+def learning_rate_at(
+    config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int, ranks: int
+) -> float:
     """Learning rate of a step (counted from 0): linear warm-up, then constant or cosine to zero."""
     peak = config.learning_rate * (ranks if config.learning_rate_per_rank else 1)
     warmup_steps = config.warmup_epochs * steps_per_epoch
@@ -95,7 +97,9 @@ class Pretraining:
         self.model = build_model(config, self.world_size).to(device)
         if config.model.batch_norm == "sync" and self.world_size > 1:
             if device.type != "cuda":
-                raise ValueError("model.batch_norm is 'sync', which needs CUDA; on CPU use 'shuffle' or 'local'")
+                raise ValueError(
+                    "model.batch_norm is 'sync', which needs CUDA; on CPU use 'shuffle' or 'local'"
+                )
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if config.channels_last:
             use_channels_last(self.model)
@@ -125,7 +129,9 @@ class Pretraining:
         second = None if batch.second is None else (batch.second.frames, batch.second.log_mel)
         valid = batch.valid if batch.second is None else batch.valid & batch.second.valid
         with self._autocast():
-            output = self.forward(batch.frames, batch.log_mel, batch.video_ids, valid, self._shuffle_seed(), second)
+            output = self.forward(
+                batch.frames, batch.log_mel, batch.video_ids, valid, self._shuffle_seed(), second
+            )
         self.scaler.scale(output.loss).backward()
         if self.config.optimizer.clip_gradient_norm > 0:
             self.scaler.unscale_(self.optimizer)
@@ -170,11 +176,14 @@ class Pretraining:
         self.bad_clips = state["bad_clips"]
         self.model.load_state_dict(state["model"])
         configured = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(values)  # the file brings the momentum; weight decay and the like are this configuration's
+            group.update(
+                values
+            )  # the file brings the momentum; weight decay and the like are this configuration's
         if state["scaler"]:  # empty when the precision so far needed no loss scaling
             self.scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])
@@ -219,7 +228,9 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
     _resume(training, loader, run_dir)
     if training.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8")
+        (run_dir / "config.json").write_text(
+            json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8"
+        )
         for name, count in training.model.parameter_counts().items():
             print(f"{name}: {count:,} parameters", flush=True)
         plan = f"{training.total_steps} steps of {config.loader.global_batch_size} clips"
@@ -231,7 +242,11 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
 def _warn_of_shared_statistics(training: Pretraining) -> None:
     model, num_clips = training.config.model, training.config.loader.global_batch_size
     group = model.batch_norm_group
-    if training.world_size == 1 and model.batch_norm == "shuffle" and (num_clips <= group or num_clips % group):
+    if (
+        training.world_size == 1
+        and model.batch_norm == "shuffle"
+        and (num_clips <= group or num_clips % group)
+    ):
         print(
             f"note: model.batch_norm is 'shuffle', but one rank cannot split {num_clips} clips into groups of {group}: "
             "queries and keys share batch statistics; choose a larger batch or a smaller model.batch_norm_group",
@@ -260,7 +275,9 @@ def run(training: Pretraining, loader: Loader) -> None:
                 last = training.step == training.total_steps
                 save = last or training.step % config.checkpoint_every == 0
                 if save or training.step % config.log_every == 0:
-                    row = meter.row(loader)  # before saving: it refuses to go on with a loss that is not finite
+                    row = meter.row(
+                        loader
+                    )  # before saving: it refuses to go on with a loss that is not finite
                     if log is not None:
                         log.write(row)
                 if save:
@@ -281,7 +298,13 @@ def record_bad_clips(path: Path, batch: ClipBatch) -> None:
     if not bad:
         return
     lines = [
-        {"epoch": batch.epoch, "step": batch.step, "key": clip.key, "shard": clip.shard, "reason": clip.reason}
+        {
+            "epoch": batch.epoch,
+            "step": batch.step,
+            "key": clip.key,
+            "shard": clip.shard,
+            "reason": clip.reason,
+        }
         for clip in bad
     ]
     with open(path, "a", encoding="utf-8") as file:
@@ -297,7 +320,9 @@ def _resume(training: Pretraining, loader: Loader, run_dir: Path) -> None:
         raise ValueError(f"{newest} exists and resume is 'never'; choose another run_dir or remove this one")
     state = read_checkpoint(newest, training.device)
     changed = _differences(config_to_dict(state["config"]), config_to_dict(config))
-    fixed = [line for line in changed if line.startswith(("model.", "loss.", "optimizer.name", "loader.clips_per"))]
+    fixed = [
+        line for line in changed if line.startswith(("model.", "loss.", "optimizer.name", "loader.clips_per"))
+    ]
     if fixed:
         raise ValueError(
             f"{newest} was trained with another configuration: {'; '.join(fixed)}; choose another run_dir, "
@@ -360,7 +385,7 @@ class _Meter:
         self._epoch = batch.epoch
 
     def row(self, loader: Loader) -> dict[str, float | int]:
-        """A log row over the steps since the last one, averaged over ranks; the wait for data is the longest of all ranks.
+        """A log row over the steps since the last one, averaged over ranks; of waits for data the longest.
         All ranks must call it.
 
         Raises:
@@ -405,4 +430,3 @@ class _Meter:
         }
         self._reset()
         return row
-

@@ -12,7 +12,16 @@ from shards.pool import usable_cores
 def git_commit() -> str:
     """Short commit of this checkout with `+changes` when files differ from it, or "unknown" outside of one."""
     folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=10", "--dirty=+changes", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--abbrev=10",
+        "--dirty=+changes",
+        "--exclude=*",
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -22,13 +31,14 @@ def git_commit() -> str:
 
 def describe_hardware() -> str:
     """One line: CPU model and usable cores, and the GPUs that torch sees."""
-    parts = [f"{_cpu_model()}, {usable_cores()} cores"]
+    parts = [f"{cpu_model()}, {usable_cores()} cores"]
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
     return ", ".join(parts)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the CPU as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

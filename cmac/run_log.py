@@ -59,7 +59,9 @@ class RunLog:
             self._progress.update(self._task, completed=row["step"], figures=figures)
         else:
             minutes, seconds = divmod(round(row["eta_seconds"]), 60)
-            print(f"step {row['step']}/{self.total_steps}: {figures}, {minutes}:{seconds:02d} left", flush=True)
+            print(
+                f"step {row['step']}/{self.total_steps}: {figures}, {minutes}:{seconds:02d} left", flush=True
+            )
 
     def close(self) -> None:
         """Flush what is open."""

@@ -203,7 +203,7 @@ def _finished_manifest(out: Path, identity: dict[str, Any]) -> Manifest | None:
         if size != shard.bytes or not path.with_suffix(".idx").exists():
             raise ValueError(
                 f"{path} has {'no file' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes "
-                f"and an index by {MANIFEST_NAME}; copy it again, or delete {MANIFEST_NAME} and all shards and run again"
+                f"and an index by {MANIFEST_NAME}; copy it again, or delete {MANIFEST_NAME} and all shards"
             )
     return manifest
 
@@ -534,7 +534,7 @@ def estimate_shards(config: ShardConfig, progress: ProgressListener | None = Non
             for number, video in enumerate(sample)
         ]
         begin = time.monotonic()
-        for job, outcome in run_jobs(
+        for _job, outcome in run_jobs(
             _do_job, lambda: jobs.pop(0) if jobs else None, config.workers, 2 * config.timeout_seconds + 60
         ):
             if isinstance(outcome, Lost):

@@ -9,6 +9,7 @@ from pathlib import Path
 from shards.schema import MEMBER_SUFFIXES, SAMPLES_PER_CLIP, WAV_HEADER, BadClip, ClipInfo
 from shards.writer import INDEX_VERSION
 
+
 @dataclass(frozen=True, kw_only=True)
 class RawClip:
     """One clip as it is on disk."""

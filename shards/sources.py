@@ -12,8 +12,7 @@ from shards.schema import video_hash
 
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .asf .mpg .mpeg .m2ts .mts .ts .vob .ogv .ogg .3gp .3g2 .mxf "
-    ".rm .wtv .dv"
-    .split()
+    ".rm .wtv .dv".split()
 )
 """Files with other suffixes are not looked at when a folder is searched; a list may name any file."""
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")

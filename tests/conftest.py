@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device (CMAC_REQUIRE_GPU=1 turns the skip into a failure)")
+    config.addinivalue_line(
+        "markers", "gpu: needs a CUDA device (CMAC_REQUIRE_GPU=1 turns the skip into a failure)"
+    )
     config.addinivalue_line("markers", "dali: needs nvidia-dali")
     config.addinivalue_line("markers", "slow: more than about ten seconds")
     # The networks under test are too small to share; more threads than cores make them wait for each other.

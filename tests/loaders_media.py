@@ -4,7 +4,7 @@ import io
 import wave
 import zlib
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import av
@@ -26,7 +26,7 @@ def picture(width: int, height: int, step: int) -> np.ndarray:
     return np.stack([red, green, blue], axis=-1).round().clip(0, 255).astype(np.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def encode_video(width: int, height: int, num_frames: int = FRAMES_PER_CLIP, crf: int = 12) -> bytes:
     """mp4 of `picture(width, height, t)` for t = 0 .. num_frames-1, coded as shards have it."""
     buffer = io.BytesIO()

@@ -58,7 +58,8 @@ def test_two_scales_average_the_full_and_the_upsampled_half_resolution():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_scales", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("norm", "cosine_range"), [("cosine", "shift"), ("cosine", "relu"), ("cosine", "minmax"), ("softmax", "shift")]
+    ("norm", "cosine_range"),
+    [("cosine", "shift"), ("cosine", "relu"), ("cosine", "minmax"), ("softmax", "shift")],
 )
 def test_attention_keeps_its_size_and_stays_in_the_unit_range(size, num_scales, norm, cosine_range):
     torch.manual_seed(1)

@@ -17,7 +17,9 @@ from cmac.losses import (
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1
+    )
 
 
 def equation_7(query, key, cross, within, temperature, cross_excluded, within_excluded) -> np.ndarray:
@@ -43,7 +45,9 @@ def test_plain_contrastive_loss_of_a_hand_worked_case():
     expected = -math.log(math.e / (math.e + 1))
     assert noise_contrastive_loss(v, a, 1.0).item() == pytest.approx(expected, rel=1e-6)
     # Crossed partners: the positive is the orthogonal one.
-    assert noise_contrastive_loss(v, a.flip(0), 1.0).item() == pytest.approx(-math.log(1 / (math.e + 1)), rel=1e-6)
+    assert noise_contrastive_loss(v, a.flip(0), 1.0).item() == pytest.approx(
+        -math.log(1 / (math.e + 1)), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("num_clips", "dim"), [(1, 3), (7, 5), (16, 32)])
@@ -108,7 +112,9 @@ def test_excluded_negatives_do_not_count_and_all_excluded_is_zero():
     masked = contrastive_loss(query, key, cross, None, 0.07, cross_excluded=excluded)
     torch.testing.assert_close(masked.loss, few.loss)
     leaf = query.clone().requires_grad_()
-    nothing = contrastive_loss(leaf, key, cross, None, 0.07, cross_excluded=torch.ones(4, 6, dtype=torch.bool))
+    nothing = contrastive_loss(
+        leaf, key, cross, None, 0.07, cross_excluded=torch.ones(4, 6, dtype=torch.bool)
+    )
     nothing.loss.sum().backward()
     assert torch.equal(nothing.loss, torch.zeros(4)) and torch.isfinite(leaf.grad).all()
 
@@ -142,7 +148,9 @@ def test_consistency_is_the_squared_distance_of_the_maps():
     guided = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 0.0], [0.0, 0.0]]])
     predicted = torch.tensor([[[0.0, 0.0], [0.5, 1.0]], [[0.0, 0.0], [0.0, 0.5]]])
     torch.testing.assert_close(attention_consistency_loss(guided, predicted), torch.tensor([1.25, 0.25]))
-    torch.testing.assert_close(attention_consistency_loss(guided, predicted, "mean"), torch.tensor([1.25, 0.25]) / 4)
+    torch.testing.assert_close(
+        attention_consistency_loss(guided, predicted, "mean"), torch.tensor([1.25, 0.25]) / 4
+    )
 
 
 def test_total_is_contrastive_plus_lambda_times_consistency():

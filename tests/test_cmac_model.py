@@ -49,7 +49,9 @@ def test_full_size_model_has_the_papers_parameter_counts():
     assert counts["heads"] == 512 * 256 + 256
 
 
-@pytest.mark.parametrize(("head", "num_layers"), [("shared", 1), ("separate", 2), ("shared-mlp", 2), ("separate-mlp", 4)])
+@pytest.mark.parametrize(
+    ("head", "num_layers"), [("shared", 1), ("separate", 2), ("shared-mlp", 2), ("separate-mlp", 4)]
+)
 def test_heads_are_shared_or_not_as_configured(head, num_layers):
     model = build(head=head)
     assert sum(isinstance(module, nn.Linear) for module in model.heads.modules()) == num_layers
@@ -165,7 +167,9 @@ def test_keys_and_losses_are_float32_under_half_precision_autocast():
 def test_uint8_frames_are_normalized_by_mean_and_deviation():
     model = build()
     frames = torch.full((1, 3, 1, 1, 1), 255, dtype=torch.uint8)
-    torch.testing.assert_close(model.normalize_frames(frames), torch.full((1, 3, 1, 1, 1), (1 - 0.45) / 0.225))
+    torch.testing.assert_close(
+        model.normalize_frames(frames), torch.full((1, 3, 1, 1, 1), (1 - 0.45) / 0.225)
+    )
     already = torch.randn(1, 3, 1, 1, 1)
     assert model.normalize_frames(already) is already
 
@@ -214,7 +218,11 @@ def _steps(model: nn.Module, module: CMAC, rank: int, world_size: int) -> dict[s
     if world_size > 1:
         dist.all_reduce(loss)
         loss /= world_size
-    return {"loss": loss, **gradients, **{f"after.{name}": value for name, value in module.state_dict().items()}}
+    return {
+        "loss": loss,
+        **gradients,
+        **{f"after.{name}": value for name, value in module.state_dict().items()},
+    }
 
 
 def _rank(rank: int, world_size: int, port: int, batch_norm: str, negatives: str, path: str) -> None:
@@ -222,7 +230,11 @@ def _rank(rank: int, world_size: int, port: int, batch_norm: str, negatives: str
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     torch.manual_seed(0)
-    module = CMAC(dataclasses.replace(TINY, batch_norm=batch_norm), LossConfig(negatives=negatives), world_size=world_size)
+    module = CMAC(
+        dataclasses.replace(TINY, batch_norm=batch_norm),
+        LossConfig(negatives=negatives),
+        world_size=world_size,
+    )
     ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     torch.save(_steps(ddp, module, rank, world_size), f"{path}/{rank}.pt")
     dist.destroy_process_group()
@@ -238,4 +250,6 @@ def test_two_ranks_with_half_the_batch_equal_one_with_the_whole(tmp_path, batch_
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert got.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                got[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+            )

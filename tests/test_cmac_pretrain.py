@@ -120,7 +120,11 @@ def test_learning_rate_warms_up_linearly_and_then_stays_or_falls():
 def test_presets_hold_the_papers_numbers():
     final, ablation = pretrain_k400(), pretrain_k400_ablation()
     assert (final.epochs, final.loader.global_batch_size, final.loader.video.color_jitter) == (200, 128, True)
-    assert (ablation.epochs, ablation.loader.global_batch_size, ablation.loader.video.color_jitter) == (50, 64, False)
+    assert (ablation.epochs, ablation.loader.global_batch_size, ablation.loader.video.color_jitter) == (
+        50,
+        64,
+        False,
+    )
     for preset in (final, ablation):
         optimizer, model = preset.optimizer, preset.model
         assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("sgd", 0.01, 1e-5)
@@ -177,7 +181,10 @@ def test_a_run_writes_its_configuration_rows_and_checkpoints(tmp_path):
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert list((tmp_path / "run/tb").iterdir())
     bad = [json.loads(line) for line in (tmp_path / "run/bad_clips.jsonl").read_text().splitlines()]
-    assert bad[0] == {"epoch": 0, "step": 3, "key": "d", "shard": "s", "reason": "decode-error"} and len(bad) == 3
+    assert (
+        bad[0] == {"epoch": 0, "step": 3, "key": "d", "shard": "s", "reason": "decode-error"}
+        and len(bad) == 3
+    )
 
 
 @pytest.mark.parametrize("stop_after", [4, 8, 10])
@@ -195,13 +202,19 @@ def test_resuming_equals_never_stopping(tmp_path, stop_after):
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
     for one, other in zip(rows(tmp_path / "whole"), rows(tmp_path / "run"), strict=True):
-        assert (one["step"], one["loss"], one["learning_rate"]) == (other["step"], other["loss"], other["learning_rate"])
+        assert (one["step"], one["loss"], one["learning_rate"]) == (
+            other["step"],
+            other["loss"],
+            other["learning_rate"],
+        )
 
 
 def test_resuming_takes_the_optimizer_settings_of_the_new_configuration(tmp_path):
     run = config(tmp_path / "run")
     pretrain(dataclasses.replace(run, max_steps=4), FakeLoader(), CPU)
-    changed = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, weight_decay=0.5, momentum=0.1))
+    changed = dataclasses.replace(
+        run, optimizer=dataclasses.replace(run.optimizer, weight_decay=0.5, momentum=0.1)
+    )
     training = start(changed, FakeLoader(), CPU)
     (group,) = training.optimizer.param_groups
     assert (group["weight_decay"], group["momentum"]) == (0.5, 0.1)
@@ -290,7 +303,7 @@ def test_unusable_checkpoints_say_so(tmp_path):
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         cmac.load_checkpoint(tmp_path / "garbage.pt")
     torch.save({"format": 99}, tmp_path / "future.pt")
-    with pytest.raises(ValueError, match="checkpoint format 99, expected 1"):
+    with pytest.raises(ValueError, match="format 99, expected 1"):
         read_checkpoint(tmp_path / "future.pt")
 
 

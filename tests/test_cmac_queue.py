@@ -42,7 +42,9 @@ def test_empty_slots_own_videos_and_invalid_clips_are_excluded():
 
 def test_keys_that_are_not_finite_stay_out_of_loss_and_gradient():
     queue = KeyQueue(3, 2)
-    queue.enqueue(torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]]), torch.tensor([1, 2, 3]))
+    queue.enqueue(
+        torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]]), torch.tensor([1, 2, 3])
+    )
     assert queue.video_ids.tolist() == [1, EMPTY, EMPTY] and torch.isfinite(queue.keys).all()
 
 

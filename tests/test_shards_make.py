@@ -14,9 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tools import check_shards as check_tool
-from tools import make_shards as make_tool
-from tools.make_synthetic_videos import make_flash_beep_video, make_synthetic_videos
 
 import shards.make
 from shards.check import check_shards
@@ -35,6 +32,9 @@ from shards.manifest import read_manifest
 from shards.pool import JobFailed, Lost, run_jobs
 from shards.reader import ShardReader
 from shards.slicing import SliceSettings
+from tools import check_shards as check_tool
+from tools import make_shards as make_tool
+from tools.make_synthetic_videos import make_flash_beep_video, make_synthetic_videos
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = SliceSettings(max_clips=3, preset="ultrafast")
@@ -82,7 +82,8 @@ def test_shards_hold_every_usable_second_in_slots(videos: Path, reference: Path)
     stems = {f"train-slot{slot:02d}-{index:06d}" for slot in range(3) for index in range(3)}
     assert {name for name in names if name.endswith(".tar")} <= {f"{stem}.tar" for stem in stems}
     assert names - {f"{stem}.{suffix}" for stem in stems for suffix in ("tar", "idx")} == {
-        "manifest.json", "report.csv"
+        "manifest.json",
+        "report.csv",
     }
     assert result.statistics.labels == {"barking": 4, "singing": 2}
 
@@ -126,7 +127,12 @@ def test_another_seed_gives_another_order(videos: Path, reference: Path, tmp_pat
 
 def run_tool(videos: Path, out: Path) -> subprocess.Popen:
     command = [
-        sys.executable, str(ROOT / "tools" / "make_shards.py"), "--videos", str(videos), "--out", str(out)
+        sys.executable,
+        str(ROOT / "tools" / "make_shards.py"),
+        "--videos",
+        str(videos),
+        "--out",
+        str(out),
     ]
     command += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast".split()
     return subprocess.Popen(
@@ -199,7 +205,7 @@ def test_stopped_at_every_step_nothing_is_done_twice(
     out = tmp_path / "out"
     done: list[str] = []
     finished = False
-    for attempt in range(40):
+    for attempt in range(40):  # noqa: B007
         left = 3
 
         def count_down() -> None:
@@ -389,7 +395,13 @@ def test_wrong_input_has_its_exit_status(
 
 def test_dry_run_of_the_tool(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
-        "--videos", str(videos), "--out", str(tmp_path / "out"), "--dry-run", "--preset", "ultrafast"
+        "--videos",
+        str(videos),
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--preset",
+        "ultrafast",
     ]
     assert make_tool.main(arguments) == 0
     assert "10 videos; sliced 10 of them, kept 7" in capsys.readouterr().out
@@ -502,7 +514,17 @@ def test_full_disk_is_an_error_and_not_the_fault_of_the_video(tmp_path: Path) ->
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this machine")
     command = [
-        find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "anullsrc=d=20", "-f", "wav", "-y", "/dev/full"
+        find_ffmpeg(),
+        "-v",
+        "error",
+        "-f",
+        "lavfi",
+        "-i",
+        "anullsrc=d=20",
+        "-f",
+        "wav",
+        "-y",
+        "/dev/full",
     ]
     with pytest.raises(OSError, match="No space left on device"):
         run_ffmpeg(command, tmp_path, 60)

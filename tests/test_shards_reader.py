@@ -192,7 +192,9 @@ def test_flipped_bit_makes_one_bad_clip(suffix: str, shift: int, reason: str, sh
         with pytest.raises(BadClip) as caught:
             reader.read(2)
         assert (caught.value.key, caught.value.shard, caught.value.reason) == (
-            reader.key(2), shard.name, reason
+            reader.key(2),
+            shard.name,
+            reason,
         )
         for number in (0, 1, 3, 4):
             assert reader.read(number).info == make_clip(number)[0]

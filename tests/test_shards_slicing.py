@@ -8,7 +8,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from tools.make_synthetic_videos import make_flash_beep_video
 
 from shards.ffmpeg import FfmpegTimeout, SliceCommand, find_ffmpeg, run_ffmpeg
 from shards.schema import (
@@ -20,6 +19,7 @@ from shards.schema import (
     WAV_HEADER,
 )
 from shards.slicing import SlicedClip, SlicedVideo, SliceSettings, frame_geometry, loudness_dbfs, slice_video
+from tools.make_synthetic_videos import make_flash_beep_video
 
 OUTPUT_FRAME_SECONDS = 1 / 32
 

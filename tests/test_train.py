@@ -40,7 +40,17 @@ def command(shards: Path, run_dir: Path, *more: str, processes: int = 0) -> list
     start = [sys.executable]
     if processes:
         start = [*start, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*start, "train.py", "demo", "--run-dir", str(run_dir), "--loader.shards", str(shards), *SMALL, *more]
+    return [
+        *start,
+        "train.py",
+        "demo",
+        "--run-dir",
+        str(run_dir),
+        "--loader.shards",
+        str(shards),
+        *SMALL,
+        *more,
+    ]
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess:
@@ -72,7 +82,10 @@ def test_killed_run_ends_where_an_unbroken_one_does(shards, tmp_path):
     options = ["--max-steps", "24", "--checkpoint-every", "5"]
     run(shards, tmp_path / "whole", *options)
     started = subprocess.Popen(
-        command(shards, tmp_path / "run", *options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(shards, tmp_path / "run", *options),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while not list_checkpoints(tmp_path / "run/checkpoints") and started.poll() is None:
@@ -127,7 +140,16 @@ def test_a_rank_that_fails_ends_all(shards, tmp_path):
 
 
 def test_two_clips_per_video_train_within_modal_positives(shards, tmp_path):
-    run(shards, tmp_path / "run", "--max-steps", "3", "--loss.positives", "both", "--loader.clips-per-video", "2")
+    run(
+        shards,
+        tmp_path / "run",
+        "--max-steps",
+        "3",
+        "--loss.positives",
+        "both",
+        "--loader.clips-per-video",
+        "2",
+    )
     assert len(rows(tmp_path / "run")) == 3
 
 

@@ -69,10 +69,18 @@ def choose_videos(folder: Path, limit: int, list_path: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 when the report is written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--videos", type=Path, help="folder of your own videos in place of the generated world")
-    parser.add_argument("--run", type=Path, help="run folder (default: runs/demo, or runs/demo-NAME of your folder)")
-    parser.add_argument("--steps", type=int, help="optimization steps (default: the preset's; 300 on your videos)")
-    parser.add_argument("--max-videos", type=int, default=300, help="at most so many of your videos (default: 300)")
+    parser.add_argument(
+        "--videos", type=Path, help="folder of your own videos in place of the generated world"
+    )
+    parser.add_argument(
+        "--run", type=Path, help="run folder (default: runs/demo, or runs/demo-NAME of your folder)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="optimization steps (default: the preset's; 300 on your videos)"
+    )
+    parser.add_argument(
+        "--max-videos", type=int, default=300, help="at most so many of your videos (default: 300)"
+    )
     parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS, help="of the generated world")
     parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS, help="of the generated world")
     args = parser.parse_args(argv)
@@ -95,7 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.videos is None:
         world = run_dir / "world"
         videos = ["--train-videos", str(args.train_videos), "--test-videos", str(args.test_videos)]
-        step("generate a world of sounding objects", [python, "tools/make_world.py", "--out", str(world), *videos])
+        step(
+            "generate a world of sounding objects",
+            [python, "tools/make_world.py", "--out", str(world), *videos],
+        )
         make = [python, "tools/make_shards.py", "--preset", "veryfast"]
         source = ["--videos", str(world / "train"), "--max-clips", str(WORLD_SLOTS)]
         step("cut the training videos into shards", [*make, *source, "--out", str(train_shards)])
@@ -112,9 +123,18 @@ def main(argv: list[str] | None = None) -> int:
     num_videos = read_manifest(ROOT / train_shards).num_videos
     if num_videos < 2:
         report = ROOT / train_shards / "report.csv"
-        raise SystemExit(f"demo: {num_videos} video gave clips, contrastive learning needs at least 2; see {report}")
+        raise SystemExit(
+            f"demo: {num_videos} video gave clips, contrastive learning needs at least 2; see {report}"
+        )
     ranks = min(2, usable_cores())
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]  # torchrun
+    torchrun = [
+        python,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]  # torchrun
     train = [*torchrun, "train.py", "demo", "--run-dir", str(run_dir), "--loader.shards", str(train_shards)]
     if num_videos < BATCH:
         train += ["--loader.global-batch-size", str(num_videos - num_videos % ranks)]
@@ -122,7 +142,15 @@ def main(argv: list[str] | None = None) -> int:
         train += ["--max-steps", str(steps)]
     step("pretrain", train)
     command = "make demo" if args.videos is None else f"make demo VIDEOS={args.videos}"
-    evaluate = [python, "tools/evaluate_demo.py", "--run", str(run_dir), "--shards-test", str(test_shards), *truth]
+    evaluate = [
+        python,
+        "tools/evaluate_demo.py",
+        "--run",
+        str(run_dir),
+        "--shards-test",
+        str(test_shards),
+        *truth,
+    ]
     step("evaluate", [*evaluate, "--command", command])
 
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")

@@ -1,6 +1,6 @@
 """Measure a finished run and write its report.
 
-    python tools/evaluate_demo.py --run runs/demo --shards-test runs/demo/shards-test --world runs/demo/world
+    python tools/evaluate_demo.py --run runs/demo --shards-test runs/demo/shards/test --world runs/demo/world
 
 writes `metrics.json`, `report.html` and `attention_grid.png` into the run folder. With --world (the folder
 that tools/make_world.py wrote) localisation is measured against its ground truth; without it, on anybody's
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig
 from loaders.decode import decode_frames, decode_waveform
 from shards.manifest import Manifest, read_manifest
+from shards.pool import usable_cores
 from shards.reader import ShardReader
 from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE
 
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers",
         type=int,
-        default=min(2, os.cpu_count() or 1),
+        default=min(2, usable_cores()),
         help="processes that decode clips; 0: this one (default: 2)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the untrained network and of the intervals")

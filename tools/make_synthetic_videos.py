@@ -117,7 +117,14 @@ def make_flash_beep_video(
         command += maps
         if has_video:
             command += [
-                "-c:v", codecs[0], "-pix_fmt", pixel_format, "-g", str(gop_frames), "-fps_mode", "vfr"
+                "-c:v",
+                codecs[0],
+                "-pix_fmt",
+                pixel_format,
+                "-g",
+                str(gop_frames),
+                "-fps_mode",
+                "vfr",
             ]
             if codecs[0] == "libx264":
                 command += ["-preset", "ultrafast", "-crf", "18"]

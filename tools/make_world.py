@@ -40,7 +40,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-WORLD_VERSION = 1
+from shards.pool import usable_cores
+
+WORLD_VERSION = 2
 """Raised whenever the same (seed, split, index) would give another video."""
 
 SAMPLE_RATE = 24_000
@@ -370,7 +372,7 @@ class _Scene:
         num_objects = 3 if seen.random() < THREE_OBJECTS_SHARE else 2
         chosen = [CATEGORIES[k] for k in seen.permutation(len(CATEGORIES))[: num_objects + 1]]
         rhythms = _draw_rhythms(seen, num_objects + 1)
-        largest = (0.165, 0.2) if num_objects == 2 else (0.13, 0.155)
+        largest = (0.18, 0.215) if num_objects == 2 else (0.145, 0.17)
         self.objects = []
         for category, rhythm in zip(chosen[:-1], rhythms[:-1]):
             angle, swing = seen.uniform(0, 2 * math.pi), seen.uniform(0, 0.04) * short
@@ -736,7 +738,7 @@ def make_world(
         if not 0 <= value <= 999_999:
             raise ValueError(f"--{name} is {value}, expected 0 to 999999")
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = usable_cores()
     if workers < 1:
         raise ValueError(f"--workers is {workers}, expected at least 1")
     out = Path(out)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:  # ClipInfo reaches this package inside a ClipBatch; nothing of it is needed at run time
-    from shards.schema import ClipInfo
-
     from cmac.evaluation.truth import TruthObject
+    from shards.schema import ClipInfo
 
 FRAMES_PER_CLIP = 32
 FPS = 32

@@ -19,10 +19,9 @@ from cmac.evaluation.truth import Truth, TruthObject, find_truth
 from loaders.config import AudioConfig
 
 if TYPE_CHECKING:
+    from cmac.evaluation.boxes import Crop
     from loaders.batch import ClipBatch
     from shards.schema import ClipInfo
-
-    from cmac.evaluation.boxes import Crop
 
 PARTS = ("easy", "hard")
 MAPS = ("guided", "predicted")
