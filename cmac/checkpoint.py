@@ -8,6 +8,7 @@ import torch
 
 from cmac.config import RunConfig, config_from_dict, config_to_dict
 from cmac.model import CMAC
+from shards.manifest import sync_folder
 
 FORMAT = 1
 """Layout of a checkpoint file; raised when a reader of the old one would misread the new one."""
@@ -33,18 +34,10 @@ def save_checkpoint(folder: Path, step: int, config: RunConfig, state: dict, kee
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

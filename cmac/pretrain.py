@@ -20,6 +20,7 @@ from cmac.provenance import git_commit
 from cmac.run_log import RunLog
 from loaders import Loader
 from loaders.batch import ClipBatch
+from shards.manifest import write_atomically
 
 
 def learning_rate_at(
@@ -228,8 +229,8 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
     _resume(training, loader, run_dir)
     if training.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(
-            json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8"
+        write_atomically(
+            run_dir / "config.json", (json.dumps(config_to_dict(config), indent=2) + "\n").encode()
         )
         for name, count in training.model.parameter_counts().items():
             print(f"{name}: {count:,} parameters", flush=True)

@@ -1,13 +1,14 @@
 """Where a run's figures go: log.jsonl, TensorBoard and the terminal."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from shards.manifest import write_atomically
 
 
 class RunLog:
@@ -82,6 +83,4 @@ def keep_rows_up_to(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             rows.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(rows), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(rows).encode())

@@ -30,15 +30,15 @@ WORLD_SLOTS = 6
 BATCH = 32
 
 
-def run_step(title: str, command: list[str], run_dir: Path) -> None:
-    """Print a step and run it from the project's folder.
+def run_step(title: str, command: list[str], run_dir: Path, **variables: str) -> None:
+    """Print a step and run it from the project's folder, with further environment variables.
 
     Raises:
         SystemExit: the step failed; its own message is on the terminal.
     """
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     started = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=False).returncode
     if code != 0:
         raise SystemExit(
             f"demo: '{title}' ended with exit status {code}; mend what it says above and run it again, "
@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
         train += ["--loader.global-batch-size", str(num_videos - num_videos % ranks)]
     if steps is not None:
         train += ["--max-steps", str(steps)]
-    step("pretrain", train)
+    step(
+        "pretrain", train, OMP_NUM_THREADS="1"
+    )  # what torchrun would set, with a warning; train.py sets more
     command = "make demo" if args.videos is None else f"make demo VIDEOS={args.videos}"
     evaluate = [
         python,

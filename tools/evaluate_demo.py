@@ -25,7 +25,7 @@ from rich.table import Table
 
 from cmac.checkpoint import build_model, list_checkpoints, read_checkpoint
 from cmac.config import RunConfig
-from cmac.evaluation.demo import Media, build_metrics, read_log, write_bytes, write_text
+from cmac.evaluation.demo import Media, build_metrics, read_log, write_text
 from cmac.evaluation.report import ReportContext, build_report, duration, figure_rows, percent
 from cmac.evaluation.world import evaluate_world
 from cmac.model import CMAC
@@ -34,7 +34,7 @@ from loaders import build_loader
 from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig
 from loaders.decode import decode_frames, decode_waveform
-from shards.manifest import Manifest, read_manifest
+from shards.manifest import Manifest, read_manifest, write_atomically
 from shards.pool import usable_cores
 from shards.reader import ShardReader
 from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE
@@ -225,7 +225,7 @@ def evaluate(args: argparse.Namespace) -> Path:
     finally:
         media.close()
     report = args.run / "report.html"
-    write_bytes(args.run / "attention_grid.png", grid)
+    write_atomically(args.run / "attention_grid.png", grid)
     write_text(report, page)
     print_table(console, metrics)
     console.print(

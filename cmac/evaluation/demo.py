@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cmac.evaluation.world import Evaluation
+from shards.manifest import write_atomically
 
 SCHEMA_VERSION = 1
 LOCALISATION_KEYS = tuple(
@@ -103,14 +103,7 @@ def write_text(path: Path, text: str) -> None:
 
     A name of a file that is not UTF-8 (it reached us with surrogate escapes) is shown with question marks.
     """
-    write_bytes(path, text.encode("utf-8", "replace"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`, for bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_atomically(path, text.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True, kw_only=True)
