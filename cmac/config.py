@@ -165,7 +165,7 @@ def demo(shards: str = "runs/demo/shards/train") -> RunConfig:
     return RunConfig(
         run_dir="runs/demo",
         epochs=1000,
-        max_steps=640,
+        max_steps=720,
         device="cpu",
         precision="fp32",
         log_every=10,
@@ -187,7 +187,6 @@ def demo(shards: str = "runs/demo/shards/train") -> RunConfig:
             embedding_dim=32,
             momentum=0.99,
             queue_length=1024,
-            batch_norm="local",
         ),
         loss=LossConfig(consistency_reduction="mean"),
         optimizer=OptimizerConfig(
