@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cmac.provenance import cpu_model
-from shards.pool import usable_cores
+from shards.pool import cpu_model, usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

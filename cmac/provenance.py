@@ -1,12 +1,11 @@
 """What a result came from: commit, machine and library versions."""
 
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
-from shards.pool import usable_cores
+from shards.pool import cpu_model, usable_cores
 
 
 def git_commit() -> str:
@@ -35,13 +34,3 @@ def describe_hardware() -> str:
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
     return ", ".join(parts)
-
-
-def cpu_model() -> str:
-    """Name of the CPU as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()

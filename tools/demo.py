@@ -24,7 +24,9 @@ from shards.sources import videos_of_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_VIDEOS = 800
-TEST_VIDEOS = 560  # half of them easy, nine in ten of those with the sounding object in view: 256 to retrieve from
+TEST_VIDEOS = (
+    560  # half of them easy, nine in ten of those with the sounding object in view: 256 to retrieve from
+)
 WORLD_SLOTS = 4
 """Seconds taken of a generated training video; they last 4 to 10."""
 BATCH = 32
