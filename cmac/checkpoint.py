@@ -45,6 +45,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.pt"))
 
 
+def newest_checkpoint(run_dir: Path) -> Path:
+    """Newest finished checkpoint of a run folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    if not checkpoints:
+        raise ValueError(f"{run_dir}: holds no checkpoints/step_*.pt; give the folder of a run that was trained")
+    return checkpoints[-1]
+
+
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     """All of a checkpoint, `config` as a RunConfig.
 
@@ -88,12 +100,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     """
     path = Path(path)
     if path.is_dir():
-        checkpoints = list_checkpoints(path / "checkpoints")
-        if not checkpoints:
-            raise ValueError(
-                f"{path}: holds no checkpoints/step_*.pt; give a run folder or a checkpoint file"
-            )
-        path = checkpoints[-1]
+        path = newest_checkpoint(path)
     state = read_checkpoint(path, device)
     model = build_model(state["config"])
     model.load_state_dict(state["model"])

@@ -182,9 +182,8 @@ class Pretraining:
         ]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(
-                values
-            )  # the file brings the momentum; weight decay and the like are this configuration's
+            # The file brings the momentum; weight decay and the like are this configuration's.
+            group.update(values)
         if state["scaler"]:  # empty when the precision so far needed no loss scaling
             self.scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cmac.checkpoint import build_model, list_checkpoints, read_checkpoint
+from cmac.checkpoint import build_model, newest_checkpoint, read_checkpoint
 from cmac.config import RunConfig
 from cmac.evaluation.demo import Media, build_metrics, read_log, write_text
 from cmac.evaluation.report import ReportContext, build_report, duration, figure_rows, percent
@@ -96,10 +96,7 @@ def read_slots(config: LoaderConfig, num_slots: int) -> Iterator[ClipBatch]:
 
 def load_models(run: Path, seed: int, device: torch.device) -> tuple[CMAC, CMAC, RunConfig, dict]:
     """(trained, untrained, configuration, {step, commit}) of a run's newest checkpoint."""
-    checkpoints = list_checkpoints(run / "checkpoints")
-    if not checkpoints:
-        raise ValueError(f"{run}: holds no checkpoints/step_*.pt; give the folder of a run that was trained")
-    state = read_checkpoint(checkpoints[-1])
+    state = read_checkpoint(newest_checkpoint(run))
     config = state["config"]
     trained = build_model(config)
     trained.load_state_dict(state["model"])
