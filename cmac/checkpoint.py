@@ -53,7 +53,9 @@ def newest_checkpoint(run_dir: Path) -> Path:
     """
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     if not checkpoints:
-        raise ValueError(f"{run_dir}: holds no checkpoints/step_*.pt; give the folder of a run that was trained")
+        raise ValueError(
+            f"{run_dir}: holds no checkpoints/step_*.pt; give the folder of a run that was trained"
+        )
     return checkpoints[-1]
 
 
