@@ -1,7 +1,9 @@
 """Configuration of the loaders: what is read, how many clips at a time, and what is done to each."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+Backend = Literal["auto", "portable", "dali-cpu-decode", "dali-gpu", "raw"]
 
 SAMPLE_RATE = 24_000  # the rate of the shards' sound (shards.schema.SAMPLE_RATE)
 FRAMES_PER_CLIP = 32  # the frames of a shard's clip (shards.schema.FRAMES_PER_CLIP)
@@ -180,7 +182,8 @@ class LoaderConfig:
     """Where the clips come from and how they are handed out."""
 
     shards: str
-    """Folder written by tools/make_shards.py (holds manifest.json, the tars and their indexes)."""
+    """Folder written by tools/make_shards.py (holds manifest.json, the tars and their indexes). With backend
+    `raw`: folder of original videos."""
     global_batch_size: int = 128
     """Clips per step over all ranks; each rank gets its equal part."""
     num_workers: int = 4
@@ -199,8 +202,20 @@ class LoaderConfig:
     """2: each batch has a second clip of the same videos as batch.second (Table 3, positives)."""
     max_bad_fraction: float = 0.01
     """The loader stops when more than this share of the clips seen (at least 100) could not be used."""
-    backend: Literal["auto", "portable"] = "auto"
-    """`portable`: PyAV in worker processes, needs nothing from the system. `auto`: the best there is."""
+    max_bad_shard_fraction: float = 0.1
+    """The loader does not start when more than this share of the shards is missing or damaged."""
+    verify_shards: Literal["size", "sha256"] = "size"
+    """What is checked before the first batch: each tar's size and index, or also its checksum (reads it all).
+    Members are checked by their own checksums whenever they are read."""
+    backend: Backend = "auto"
+    """`portable`: PyAV and torch in worker processes. `dali-cpu-decode`: the same decoding, DALI for the sound
+    and on a GPU one kernel for the pixels. `dali-gpu`: DALI decodes on the GPU. `raw`: no shards, clips are cut
+    from the original videos as they are read. `auto`: the fastest of those installed, found by a short trial on
+    these shards."""
+    dali_threads: int = 16
+    """DALI's CPU threads per rank; with `dali-gpu` also the number of hardware decoding sessions."""
+    probe_seconds: float = 3.0
+    """With backend `auto`: seconds that each candidate is timed for."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """Frames: number, size, crop, augmentation."""
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -215,4 +230,17 @@ class LoaderConfig:
         _check("loader.shuffle_window", self.shuffle_window, self.shuffle_window >= 0, "at least 0")
         _check("loader.clips_per_video", self.clips_per_video, self.clips_per_video in (1, 2), "1 or 2")
         _check("loader.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "0 to 1")
-        _check("loader.backend", self.backend, self.backend in ("auto", "portable"), "auto or portable")
+        _check(
+            "loader.max_bad_shard_fraction",
+            self.max_bad_shard_fraction,
+            0 <= self.max_bad_shard_fraction <= 1,
+            "0 to 1",
+        )
+        _check(
+            "loader.verify_shards", self.verify_shards, self.verify_shards in ("size", "sha256"), "size or sha256"
+        )
+        _check(
+            "loader.backend", self.backend, self.backend in get_args(Backend), " or ".join(get_args(Backend))
+        )
+        _check("loader.dali_threads", self.dali_threads, self.dali_threads >= 1, "at least 1")
+        _check("loader.probe_seconds", self.probe_seconds, self.probe_seconds > 0, "more than 0")
