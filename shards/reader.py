@@ -1,10 +1,12 @@
 """Read clips of a shard by number, checked against their checksums. The index says where bytes are."""
 
 import os
+import stat
 import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from shards.schema import MEMBER_SUFFIXES, SAMPLES_PER_CLIP, WAV_HEADER, BadClip, ClipInfo
 from shards.writer import INDEX_VERSION
@@ -170,18 +172,122 @@ def _read_index(path: Path) -> list[dict[str, _Member]]:
         )
     samples = []
     for number, line in enumerate(lines[1:], start=2):
-        words = line.split(" ")
-        try:
-            sample = {
-                words[i]: _Member(int(words[i + 1]), int(words[i + 2]), words[i + 3])
-                for i in range(0, len(words), 4)
-            }
-            good = all(member.offset >= tarfile.BLOCKSIZE and member.size >= 0 for member in sample.values())
-        except (ValueError, IndexError):
-            good = False
-        if not good:
+        sample = _parse_row(line)
+        if sample is None:
             raise ValueError(
                 f"{path}, line {number} is {line!r}, expected 'suffix offset size name' per member"
             )
         samples.append(sample)
     return samples
+
+
+def _parse_row(line: str) -> dict[str, _Member] | None:
+    """Suffix -> member of one clip's line of an index; None if it is no such line."""
+    words = line.split(" ")
+    try:
+        sample = {
+            words[i]: _Member(int(words[i + 1]), int(words[i + 2]), words[i + 3])
+            for i in range(0, len(words), 4)
+        }
+    except (ValueError, IndexError):
+        return None
+    good = all(member.offset >= tarfile.BLOCKSIZE and member.size >= 0 for member in sample.values())
+    return sample if good else None
+
+
+def find_shard_fault(path: str | os.PathLike, num_clips: int, num_bytes: int) -> str | None:
+    """What is wrong with a shard's tar or index, in words with path, value, expected and way out; else None.
+
+    Cheap (0.3 ms with 1,000 clips where the files are cached), so it looks at little: the size of the tar; of
+    the index that it is text, its number of lines, the first one and those of the first and the last clip; that
+    the last clip ends where the tar does; and the tar's headers of both. Damage between them is found by
+    `ShardReader.read`, clip by clip.
+
+    Args:
+        path: the tar.
+        num_clips: clips that it holds by the manifest.
+        num_bytes: size that it has by the manifest.
+    """
+    tar, index = Path(path), Path(path).with_suffix(".idx")
+    again = "copy it again or re-run make_shards"
+    try:
+        with _open_plain_file(tar) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != num_bytes:
+                return f"{tar} has {size} bytes, expected {num_bytes} bytes by its manifest; {again}"
+            with _open_plain_file(index) as index_file:
+                data = index_file.read()
+            fault = _index_fault(data, num_clips)
+            if fault is not None:
+                return f"{index} {fault}; {again}"
+            rows = []
+            for line in (data.split(b"\n", 2)[1], data.rsplit(b"\n", 2)[1]):  # of the first and the last clip
+                row = _parse_row(line.decode("ascii"))
+                if row is None:
+                    return f"{index} has {line!r}, expected 'suffix offset size name' per member; {again}"
+                rows.append(row)
+            end = max(member.offset + member.size for row in rows for member in row.values())
+            if not 0 <= size - end - 2 * tarfile.BLOCKSIZE < tarfile.BLOCKSIZE + tarfile.RECORDSIZE:
+                return (
+                    f"{index} ends at byte {end}, expected the end of the tar's {size} bytes (and at most "
+                    f"{tarfile.RECORDSIZE} of padding): it is of another tar; {again}, or write it with wds2idx"
+                )
+            for row in rows:
+                for member in row.values():
+                    header = os.pread(file.fileno(), tarfile.BLOCKSIZE, member.offset - tarfile.BLOCKSIZE)
+                    if not _header_fits(header, member):
+                        return (
+                            f"{tar} has {header[:16]!r} at byte {member.offset - tarfile.BLOCKSIZE}, expected "
+                            f"the header of {member.name} by its index: one of them is damaged or of another "
+                            f"shard; copy both again or re-run make_shards"
+                        )
+    except _UnreadableError as error:
+        expected = f"a tar of {num_bytes} bytes" if error.path == tar else "DALI's index beside the tar"
+        return f"{error.path} {error}, expected {expected}; {again}"
+    except OSError as error:
+        return f"{tar} cannot be read ({error}); {again}"
+    return None
+
+
+def _index_fault(data: bytes, num_clips: int) -> str | None:
+    """What is wrong with an index, as far as its first line, its number of lines and its letters tell."""
+    head, num_lines = data[: data.find(b"\n") + 1], data.count(b"\n")
+    expected = f"{INDEX_VERSION} {num_clips}\n".encode("ascii")
+    if head != expected or num_lines != num_clips + 1 or not data.endswith(b"\n"):
+        return (
+            f"starts with {data[:16]!r} and has {num_lines} lines, expected {expected!r} and {num_clips} more "
+            f"by its manifest"
+        )
+    strange = data.translate(None, _INDEX_LETTERS)
+    if strange:
+        return f"holds {strange[:16]!r}, expected plain text"
+    return None
+
+
+_INDEX_LETTERS = bytes([10, *range(32, 127)])
+
+
+class _UnreadableError(Exception):
+    """A file that is not there or not a plain file; str() goes on after its path."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        super().__init__(text)
+        self.path = path
+
+
+def _open_plain_file(path: Path) -> BinaryIO:
+    """The open file, unbuffered; _UnreadableError if it is not a plain file that can be read."""
+    try:
+        # A pipe must not block.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise _UnreadableError(path, f"is a link to {os.readlink(path)}, which does not exist") from None
+        raise _UnreadableError(path, "is missing") from None
+    except OSError as error:
+        raise _UnreadableError(path, f"cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        kind = "a directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "not a plain file"
+        os.close(descriptor)
+        raise _UnreadableError(path, f"is {kind}")
+    return open(descriptor, "rb", buffering=0)
