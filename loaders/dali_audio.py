@@ -90,7 +90,7 @@ def log_mel_graph(waveform: Any, config: AudioConfig, *, full_scale: float = 327
         nfft=config.n_fft,
         window_length=config.window_samples,
         window_step=config.hop_samples,
-        # Given in full: DALI's own Hann window is the symmetric one.
+        # Given in full: DALI's own Hann window is sampled half a sample later.
         window_fn=torch.hann_window(config.window_samples, periodic=True, dtype=torch.float64).tolist(),
         power=2,
         center_windows=True,
