@@ -17,7 +17,7 @@ import tyro
 from cmac.config import PRESETS, RunConfig
 from cmac.pretrain import run, start
 from loaders import build_loader
-from loaders.portable import TooManyBadClips
+from loaders.base import TooManyBadClips
 from shards.pool import usable_cores
 
 

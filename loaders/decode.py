@@ -312,8 +312,8 @@ def _decode_container(video: bytes, key: str, shard: str) -> Iterator[av.VideoFr
         yield from container.decode(stream)
 
 
-def decode_waveform(audio: bytes, *, key: str = "", shard: str = "") -> np.ndarray:
-    """Waveform of a clip: float32 (24000,) in [-1, 1).
+def waveform_samples(audio: bytes, *, key: str = "", shard: str = "") -> np.ndarray:
+    """Samples of a clip as they are stored: int16 (24000,), read-only.
 
     Args:
         audio: contents of key.wav (16-bit, mono, 24 kHz).
@@ -333,4 +333,9 @@ def decode_waveform(audio: bytes, *, key: str = "", shard: str = "") -> np.ndarr
         raise BadClip(key, shard, "decode-error")
     if samples.size != SAMPLES_PER_CLIP:
         raise BadClip(key, shard, "sample-count")
-    return samples.astype(np.float32) / np.float32(32768)
+    return samples
+
+
+def decode_waveform(audio: bytes, *, key: str = "", shard: str = "") -> np.ndarray:
+    """Waveform of a clip: float32 (24000,) in [-1, 1); arguments and errors as `waveform_samples`."""
+    return waveform_samples(audio, key=key, shard=shard).astype(np.float32) / np.float32(32768)

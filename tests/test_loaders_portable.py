@@ -21,7 +21,7 @@ from loaders.augment import draw_augmentation
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.decode import decode_frames, decode_waveform, uniform_frame_indices
-from loaders.portable import FilledRequest, TooManyBadClips
+from loaders.base import TooManyBadClips
 from loaders.video_ops import color_jitter, crop_frames, flip_frames
 from shards.reader import ShardReader
 
@@ -325,8 +325,8 @@ def test_dead_worker_is_named(shards):
     loader = build_loader(config(shards, num_workers=1, prefetch_batches=1))
     batches = iter(loader)
     next(batches)
-    os.kill(loader._processes[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"worker died \(pid \d+: killed by signal 9\) before batch \d"):
+    os.kill(loader._workers.process_ids[0], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"worker died \(pid \d+: killed by signal 9\)"):
         for _ in batches:
             pass
 
@@ -352,7 +352,7 @@ def test_batches_stay_as_they_were_while_later_ones_come(shards):
         elif index % 3 == 1:
             views.append(batch.second.log_mel[2:4])
         del batch  # every third buffer is used again while the others are held
-    assert len(loader._pool) < 12
+    assert loader._workers.num_buffers < 12
     for batch, reference in zip(whole, expected[::3]):
         assert_equal(batch, reference)
     for view, reference in zip(views, expected[1::3]):
@@ -366,28 +366,27 @@ def test_buffers_are_used_again(shards):
     for _ in range(5):
         for batch in loader:
             del batch
-    assert len(loader._pool) <= 4  # two on their way, one handed out, one just given back
+    assert loader._workers.num_buffers <= 4  # two on their way, one handed out, one just given back
     loader.close()
 
 
 def test_pinned_copy_is_the_batch_and_frees_the_buffer(shards, monkeypatch):
-    # As on a machine with a GPU, where the DataLoader's thread calls pin_memory; here it only copies.
+    # As on a machine with a GPU, where a thread makes page-locked copies; here it only copies.
     def copied(batch: ClipBatch) -> ClipBatch:
         return replace(batch, frames=batch.frames.clone(), log_mel=batch.log_mel.clone())
 
     monkeypatch.setattr(ClipBatch, "pin_memory", copied)
-    loader = build_loader(config(shards, num_workers=1, prefetch_batches=1))
-    expected = take(build_loader(config(shards)), 3)
-    take(loader, 1)
-    loader._filled = map(FilledRequest.pin_memory, loader._filled)
-    pinned = take(loader, 2)
-    assert len(loader._pool) <= 3
-    for a, b in zip(pinned, expected[1:]):
+    expected = take(build_loader(config(shards)), 5)
+    loader = build_loader(config(shards, num_workers=1, prefetch_batches=1), pin_memory=True)
+    pinned = take(loader, 5)
+    assert loader._workers.num_buffers <= 3
+    for a, b in zip(pinned, expected):
         assert_equal(a, b)
+    loader.close()
 
 
 def test_workers_without_buffers_give_the_same(shards, monkeypatch):
-    monkeypatch.setattr("loaders.portable.BufferPool.is_supported", lambda: False)
+    monkeypatch.setattr("loaders.workers.BufferPool.is_supported", lambda: False)
     loader = build_loader(config(shards, num_workers=1, clips_per_video=2))
     for a, b in zip(take(loader, 3), take(build_loader(config(shards, clips_per_video=2)), 3)):
         assert_equal(a, b)
@@ -443,7 +442,7 @@ def test_close_ends_the_workers_and_iterating_starts_new_ones(shards):
     loader = build_loader(config(shards, num_workers=2))
     whole = take(build_loader(config(shards)), 4)
     head = take(loader, 2)
-    pids = [process.pid for process in loader._processes]
+    pids = loader._workers.process_ids
     loader.close()
     assert not any(is_running(pid) for pid in pids)
     for a, b in zip(whole, head + take(loader, 2)):

@@ -1,0 +1,217 @@
+"""What all loaders share: the order of clips, the position in it, its state, and the budget for bad clips."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loaders.batch import ClipBatch
+from loaders.config import LoaderConfig
+from loaders.plan import EpochPlan, check_world, count_batches, slots_of_epoch
+from loaders.shared_memory import SharedBuffer
+
+MIN_CLIPS_FOR_BUDGET = 100  # max_bad_fraction is not judged on fewer
+STATE_VERSION = 2
+
+log = logging.getLogger(__name__)
+
+
+class TooManyBadClips(RuntimeError):
+    """More than max_bad_fraction of the clips seen could not be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTable:
+    """Which clips there are, without their contents."""
+
+    folder: str
+    """Where they come from, for messages."""
+    num_slots: int
+    """An epoch reads one slot; each holds every video once."""
+    clips_per_shard: Sequence[int]
+    """Number of clips of each shard of a slot, the same in every slot."""
+    identity: dict[str, Any]
+    """JSON-able: equal only where the same numbers mean the same clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRequest:
+    """Which clips make up one rank's batch: positions, no data."""
+
+    epoch: int
+    """Epoch number."""
+    step: int
+    """Index of the batch in the epoch."""
+    rows: np.ndarray
+    """int64 (N, 2): (shard index, position in the shard); PADDING for no clip."""
+    slots: tuple[int, ...]
+    """The slot to read, and with two clips per video that of the second ones."""
+    buffer: SharedBuffer | None = None
+    """Where a worker process puts the clips; None: into memory of its own."""
+
+
+class PositionedLoader(ABC):
+    """Batches of one rank; see `loaders.Loader` for the interface.
+
+    `for batch in loader` yields the rest of the current epoch and then moves on to the next one. What works
+    ahead of the consumer starts at the first batch, lives through all epochs, and works on over the end of an
+    epoch. A subclass makes the batches: `_take` and `close`.
+    """
+
+    def __init__(self, config: LoaderConfig, rank: int, world_size: int, table: ClipTable) -> None:
+        """
+        Raises:
+            ValueError: world_size does not divide the global batch, fewer clips than one batch, or two clips
+                per video from one slot.
+        """
+        check_world(config.global_batch_size, rank, world_size)
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.table = table
+        slots_of_epoch(0, table.num_slots, config.clips_per_video)
+        num_clips = sum(table.clips_per_shard)
+        self._num_batches = count_batches(num_clips, config.global_batch_size, config.drop_last)
+        if self._num_batches == 0:
+            raise ValueError(
+                f"loader.global_batch_size is {config.global_batch_size}, expected at most {num_clips}, the "
+                f"clips in a slot of {table.folder}; or use drop_last=False"
+            )
+        self.epoch = 0
+        self._next_batch = 0
+        self.bad_clips: Counter[str] = Counter()
+        self._bad_by_shard: Counter[str] = Counter()
+        self._clips_seen = 0
+
+    @abstractmethod
+    def _take(self) -> ClipBatch:
+        """Batch number `next_batch` of `epoch`; starts what works ahead if it does not run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what works ahead. Iterating again starts it anew at the current position."""
+
+    @property
+    def batch_size(self) -> int:
+        """Clips per batch of this rank (N)."""
+        return self.config.global_batch_size // self.world_size
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same in every epoch and on every rank."""
+        return self._num_batches
+
+    @property
+    def next_batch(self) -> int:
+        """Index in the epoch of the batch that comes next; len(self) after the epoch's last one."""
+        return self._next_batch
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Order of the clips of an epoch, over all ranks."""
+        config = self.config
+        return EpochPlan(
+            clips_per_shard=self.table.clips_per_shard,
+            seed=config.seed,
+            epoch=epoch,
+            global_batch_size=config.global_batch_size,
+            shuffle=config.shuffle,
+            shuffle_window=config.shuffle_window,
+            drop_last=config.drop_last,
+        )
+
+    def requests(self) -> Iterator[BatchRequest]:
+        """This rank's batches from the current position on, through all later epochs."""
+        epoch, first = self.epoch, self._next_batch
+        while True:
+            plan = self.plan(epoch)
+            slots = slots_of_epoch(epoch, self.table.num_slots, self.config.clips_per_video)
+            for step in range(first, plan.num_batches):
+                rows = plan.batch(step, self.rank, self.world_size)
+                yield BatchRequest(epoch=epoch, step=step, rows=rows, slots=slots)
+            epoch, first = epoch + 1, 0
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        """The batches that are left of the current epoch.
+
+        Raises:
+            TooManyBadClips: more than max_bad_fraction of the clips seen were bad.
+            RuntimeError: a worker process died.
+            ValueError: a shard cannot be read any more.
+        """
+        epoch = self.epoch
+        while self.epoch == epoch and self._next_batch < len(self):
+            batch = self._take()
+            assert (batch.epoch, batch.step) == (self.epoch, self._next_batch)
+            self._next_batch += 1
+            self._count(batch)
+            yield batch
+        if self.epoch == epoch:
+            self.epoch, self._next_batch = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch handed out, in global batches, and what makes it mean the same again.
+
+        Batches that are ready but were not handed out are not counted. Equal on all ranks that have taken
+        equally many batches, and loadable with another number of ranks or workers, and by another backend on
+        the same shards.
+        """
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "next_batch": self._next_batch,
+            **self._order_fields(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; batches already made ready are thrown away.
+
+        Raises:
+            ValueError: the state is of another version, or of another order of clips: other shards, seed,
+                global batch size, shuffling, drop_last or clips per video.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"loader state has version {state.get('version')}, expected {STATE_VERSION}")
+        for name, expected in self._order_fields().items():
+            if state.get(name) != expected:
+                raise ValueError(
+                    f"loader state was saved with {name} {state.get(name)!r}, but it is {expected!r} now; "
+                    f"resume with the old value or start a new run"
+                )
+        if state["epoch"] < 0 or not 0 <= state["next_batch"] <= len(self):
+            raise ValueError(
+                f"loader state is at batch {state['next_batch']} of epoch {state['epoch']}, "
+                f"expected 0 to {len(self)}"
+            )
+        if (self.epoch, self._next_batch) != (state["epoch"], state["next_batch"]):
+            self.close()
+            self.epoch, self._next_batch = state["epoch"], state["next_batch"]
+
+    def _order_fields(self) -> dict[str, Any]:
+        """What the order of clips depends on, besides the epoch."""
+        names = ("seed", "global_batch_size", "shuffle", "shuffle_window", "drop_last", "clips_per_video")
+        return {**self.table.identity, **{name: getattr(self.config, name) for name in names}}
+
+    def _count(self, batch: ClipBatch) -> None:
+        """Adds up bad clips; raises TooManyBadClips over the budget."""
+        for part in (batch, batch.second):
+            if part is None:
+                continue
+            self._clips_seen += sum(key != "" for key in part.keys)
+            for record in part.bad:
+                self.bad_clips[record.reason] += 1
+                self._bad_by_shard[record.shard] += 1
+                log.info("bad clip %s of %s: %s", record.key, record.shard, record.reason)
+        num_bad = self.bad_clips.total()
+        allowed = self.config.max_bad_fraction
+        if self._clips_seen >= MIN_CLIPS_FOR_BUDGET and num_bad > allowed * self._clips_seen:
+            self.close()
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad_clips.most_common())
+            shards = ", ".join(f"{shard} ({count})" for shard, count in self._bad_by_shard.most_common(3))
+            raise TooManyBadClips(
+                f"{num_bad} of {self._clips_seen} clips are bad ({reasons}), expected at most {allowed:.2%} "
+                f"(loader.max_bad_fraction); most are in {shards}; run tools/check_shards.py on "
+                f"{self.table.folder}"
+            )
