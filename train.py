@@ -3,11 +3,14 @@
 `train.py --help` lists the presets, `train.py PRESET --help` every field with its meaning and default.
 """
 
+import dataclasses
 import difflib
 import inspect
+import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,6 +21,7 @@ from cmac.config import PRESETS, RunConfig
 from cmac.pretrain import run, start
 from loaders import build_loader
 from loaders.base import TooManyBadClips
+from loaders.probe import resolve_backend
 from shards.pool import usable_cores
 
 
@@ -55,9 +59,13 @@ def main() -> None:
             torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local_ranks))
         if world_size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        loader = build_loader(config.loader, rank, world_size, pin_memory=device.type == "cuda")
+        loader_config = resolve_backend(
+            config.loader, rank, world_size, device, _say, previous_backend(config.run_dir)
+        )
+        config = dataclasses.replace(config, loader=loader_config)
+        loader = build_loader(config.loader, rank, world_size, device=device)
         training = start(config, loader, device)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _fail(f"train.py: {error}")
     try:
         run(training, loader)
@@ -69,6 +77,19 @@ def main() -> None:
         loader.close()
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def previous_backend(run_dir: str) -> str | None:
+    """Loader backend that the run in run_dir was started with; None if there is no run yet."""
+    try:
+        return json.loads((Path(run_dir) / "config.json").read_bytes())["loader"]["backend"]
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{Path(run_dir) / 'config.json'} is not the configuration of a run ({error}); remove it, or choose "
+            f"another run_dir"
+        ) from error
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -90,6 +111,10 @@ def choose_device(config: RunConfig) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _fail(message: str) -> NoReturn:

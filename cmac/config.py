@@ -176,6 +176,7 @@ def demo(shards: str = "runs/demo/shards/train") -> RunConfig:
             global_batch_size=32,
             num_workers=1,
             prefetch_batches=8,
+            backend="portable",  # no trial of backends: the demo is to do the same everywhere
             video=VideoConfig(num_frames=8, short_side=72, crop_size=64),
             audio=AudioConfig(time_warp_steps=0, frequency_mask_bins=12),
         ),

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
+
     from loaders.batch import ClipBatch
     from loaders.config import LoaderConfig
+
+log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
@@ -35,21 +39,45 @@ class Loader(Protocol):
 
 
 def build_loader(
-    config: "LoaderConfig", rank: int = 0, world_size: int = 1, *, pin_memory: bool = False
+    config: "LoaderConfig",
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    device: "torch.device | str" = "cpu",
 ) -> Loader:
-    """The loader that config.backend names.
+    """The loader that config.backend names; for `auto` the fastest of a short trial.
 
     Args:
         config: what to read and what to do to it.
         rank: which part of each global batch, 0 <= rank < world_size.
-        world_size: number of ranks; divides config.global_batch_size.
-        pin_memory: hand out batches in page-locked memory, for copies to a GPU that do not wait.
+        world_size: number of ranks; divides config.global_batch_size. With more than one and backend `auto`,
+            call `probe.resolve_backend` first, so that all ranks choose alike.
+        device: where the batches will be used. The `dali` backends hand them out there; the others in memory of
+            the CPU, page-locked if this is a GPU, for copies that do not wait.
 
     Raises:
         ValueError: the shards or the configuration do not allow it; the message says what to change.
+        ImportError: the backend needs a library that is not installed.
     """
-    from loaders.portable import PortableLoader  # here: importing the configuration must not need PyAV
+    import torch  # here and below: the configuration alone must not need what the backends do
 
-    log = logging.getLogger(__name__)
-    log.info("loader backend: portable (PyAV in %d worker processes)", config.num_workers)
-    return PortableLoader(config, rank, world_size, pin_memory=pin_memory)
+    device = torch.device(device)
+    if config.backend == "auto":
+        from loaders.probe import resolve_backend
+
+        config = resolve_backend(config, rank, 1, device, log.info)
+    if config.backend == "raw":
+        from loaders.raw import RawLoader
+
+        return RawLoader(config, rank, world_size, pin_memory=device.type == "cuda")
+    if config.backend == "dali-cpu-decode":
+        from loaders.dali_cpu_decode import DaliCpuDecodeLoader
+
+        return DaliCpuDecodeLoader(config, rank, world_size, device=device)
+    if config.backend == "dali-gpu":
+        from loaders.dali_gpu import DaliGpuLoader
+
+        return DaliGpuLoader(config, rank, world_size, device=device)
+    from loaders.portable import PortableLoader
+
+    return PortableLoader(config, rank, world_size, pin_memory=device.type == "cuda")

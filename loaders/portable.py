@@ -7,6 +7,7 @@ from loaders.background import Background
 from loaders.base import ClipTable, PositionedLoader
 from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig
+from loaders.device import DeviceBatch
 from loaders.shard_files import ShardFiles, open_shards
 from loaders.workers import (
     ClipDataset,
@@ -60,9 +61,9 @@ class WorkerLoader(PositionedLoader):
         self._dataset = ClipDataset(maker)
         self._pin_memory = pin_memory
         self._workers: ClipWorkers | None = None
-        self._finished: Background[ClipBatch] | None = None
+        self._finished: Background[ClipBatch | DeviceBatch] | None = None
 
-    def _finish(self, filled: FilledRequest) -> ClipBatch:
+    def _finish(self, filled: FilledRequest) -> ClipBatch | DeviceBatch:
         """The batch, as views of the workers' memory; pinned in a thread beside the training step."""
         assert filled.memory is not None
         parts = [filled.layout.tensors(filled.memory, part) for part in range(len(filled.parts))]
@@ -89,10 +90,11 @@ class WorkerLoader(PositionedLoader):
             if self._finishes_ahead():
                 self._finished = Background(lambda: self._finish(workers.take()), depth=1)
         try:
-            return self._finish(self._workers.take()) if self._finished is None else self._finished.take()
+            batch = self._finish(self._workers.take()) if self._finished is None else self._finished.take()
         except BaseException:
             self.close()
             raise
+        return batch.hand_over() if isinstance(batch, DeviceBatch) else batch
 
     def close(self) -> None:
         """End the worker processes. Iterating again starts new ones at the current position."""

@@ -75,6 +75,7 @@ def test_mapped_box_is_where_the_object_is_in_the_loaded_frames(rectangle_shards
         shards=str(rectangle_shards),
         global_batch_size=1,
         num_workers=0,
+        backend="portable",
         video=VideoConfig(short_side=short_side, crop_size=crop_size),
     )
     truth = boxes_of_rectangle()

@@ -18,10 +18,11 @@ from loaders_media import encode_audio, encode_video, tone, write_shards
 from loaders import build_loader
 from loaders.audio_ops import augment_log_mel, log_mel_spectrogram
 from loaders.augment import draw_augmentation
+from loaders.base import TooManyBadClips
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.decode import decode_frames, decode_waveform, uniform_frame_indices
-from loaders.base import TooManyBadClips
+from loaders.portable import PortableLoader
 from loaders.video_ops import color_jitter, crop_frames, flip_frames
 from shards.reader import ShardReader
 
@@ -37,7 +38,14 @@ def shards(tmp_path_factory) -> Path:
 
 
 def config(folder: Path, **changes) -> LoaderConfig:
-    fields = {"shards": str(folder), "global_batch_size": 6, "num_workers": 0, "video": SMALL, **changes}
+    fields = {
+        "shards": str(folder),
+        "global_batch_size": 6,
+        "num_workers": 0,
+        "backend": "portable",
+        "video": SMALL,
+        **changes,
+    }
     return LoaderConfig(**fields)
 
 
@@ -377,7 +385,7 @@ def test_pinned_copy_is_the_batch_and_frees_the_buffer(shards, monkeypatch):
 
     monkeypatch.setattr(ClipBatch, "pin_memory", copied)
     expected = take(build_loader(config(shards)), 5)
-    loader = build_loader(config(shards, num_workers=1, prefetch_batches=1), pin_memory=True)
+    loader = PortableLoader(config(shards, num_workers=1, prefetch_batches=1), pin_memory=True)
     pinned = take(loader, 5)
     assert loader._workers.num_buffers <= 3
     for a, b in zip(pinned, expected):
@@ -402,7 +410,7 @@ def test_no_process_outlives_a_killed_parent(shards):
         from loaders.config import LoaderConfig, VideoConfig
         print("imported", flush=True)
         loader = build_loader(LoaderConfig(shards={str(shards)!r}, global_batch_size=6, num_workers=2,
-                                           video=VideoConfig(num_frames=4, short_side=36, crop_size=32)))
+                                           backend="portable", video=VideoConfig(num_frames=4, short_side=36, crop_size=32)))
         for batch in loader:
             print("batch", flush=True)
             time.sleep(60)
@@ -453,7 +461,7 @@ def test_close_ends_the_workers_and_iterating_starts_new_ones(shards):
 
 @pytest.mark.gpu
 def test_batches_are_pinned_where_there_is_a_gpu(shards):
-    loader = build_loader(config(shards, num_workers=1, clips_per_video=2), pin_memory=True)
+    loader = build_loader(config(shards, num_workers=1, clips_per_video=2), device="cuda")
     batch = next(iter(loader))
     assert batch.frames.is_pinned() and batch.log_mel.is_pinned() and batch.second.frames.is_pinned()
     moved = batch.to("cuda")
