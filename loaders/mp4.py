@@ -33,11 +33,13 @@ def read_video_track(video: bytes) -> VideoTrack:
     boxes: dict[bytes, tuple[int, int]] = {}
     try:
         for name, start, end in _walk(video, 0, len(video)):
+            if name in (b"moof", b"ctts"):
+                raise ValueError("fragments or reordered frames")
             if name in boxes and name not in (b"free", b"udta", b"meta", b"mdat"):
                 raise ValueError(f"two {name!r} boxes: more than one track")
             boxes[name] = (start, end)
-        if b"moof" in boxes or b"ctts" in boxes or not _shows_all(video, boxes.get(b"elst")):
-            raise ValueError("fragments, reordered frames or edits")
+        if not _shows_all(video, boxes.get(b"elst")):
+            raise ValueError("an edit list that leaves out or repeats frames")
         extradata = _avc_configuration(video, *boxes[b"stsd"])
         sizes = _sample_sizes(video, *boxes[b"stsz"])
         samples = _sample_ranges(video, boxes, sizes)

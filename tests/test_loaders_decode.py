@@ -3,11 +3,19 @@
 import io
 import wave
 
+import av
 import numpy as np
 import pytest
 from loaders_media import SIZES, encode_audio, encode_video, picture, tone
 
-from loaders.decode import decode_frames, decode_waveform, uniform_frame_indices
+from loaders.decode import (
+    decode_frames,
+    decode_waveform,
+    decode_yuv_windows,
+    uniform_frame_indices,
+    yuv_window_size,
+)
+from loaders.mp4 import read_video_track
 from shards.schema import BadClip
 
 ALL = range(32)
@@ -145,3 +153,64 @@ def test_another_waveform_is_a_bad_clip(audio, reason):
     with pytest.raises(BadClip) as caught:
         decode_waveform(audio)
     assert caught.value.reason == reason
+
+
+def test_kept_decoders_give_the_same_bits_in_any_order_and_after_damage():
+    damaged = bytearray(encode_video(192, 144))
+    start, end = read_video_track(bytes(damaged)).samples[12]
+    damaged[start + 8 : end] = bytes(reversed(damaged[start + 8 : end]))
+    short = encode_video(192, 144, 31)
+    videos = {size: encode_video(*size, crf=crf) for size, crf in zip(SIZES, (12, 20, 28))}
+    expected = {size: by_container(video) for size, video in videos.items()}
+    order = np.random.default_rng(0).permutation([*SIZES] * 6)
+    for number, size in enumerate(map(tuple, order.tolist())):
+        assert np.array_equal(decode_frames(videos[size], ALL, 144), expected[size])
+        if number % 3 == 0:
+            with pytest.raises(BadClip):
+                decode_frames(bytes(damaged), ALL, 144)
+        if number % 5 == 0:
+            with pytest.raises(BadClip, match="frame-count"):
+                decode_frames(short, ALL, 144)
+        if number % 4 == 0:  # a clip that is left after its first frame
+            with pytest.raises(BadClip, match="frame-size"):
+                decode_frames(videos[size], ALL, 144, stored_size=(96, 96))
+
+
+def by_container(video: bytes) -> np.ndarray:
+    """RGB of every frame by libav alone: a demuxer, a decoder and a converter of its own for each clip."""
+    with av.open(io.BytesIO(video)) as container:
+        frames = [
+            frame.to_ndarray(
+                format="rgb24", src_colorspace="ITU601", src_color_range="MPEG", dst_color_range="JPEG",
+                interpolation="BILINEAR",
+            )
+            for frame in container.decode(video=0)
+        ]  # fmt: skip
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize(("top", "left", "crop"), [(0, 0, 144), (7, 12, 128), (8, 33, 101), (16, 64, 128)])
+def test_yuv_windows_hold_what_the_crop_needs(top, left, crop):
+    video, window = encode_video(192, 144), yuv_window_size(crop)
+    out = np.full((3, window * window * 3 // 2), 77, np.uint8)
+    decode_yuv_windows(video, [0, 5, 31], 144, top=top, left=left, crop_size=crop, out=out)
+    with av.open(io.BytesIO(video)) as container:
+        frames = [frame.to_ndarray() for frame in container.decode(video=0)]  # (216, 192): Y, U, V
+    for row, index in enumerate((0, 5, 31)):
+        y, chroma = frames[index][:144], frames[index][144:].reshape(2, 72, 96)
+        luma = out[row, : window * window].reshape(window, window)
+        dy, dx = top % 2, left % 2
+        expected = y[top : top + crop, left : left + crop]
+        assert np.array_equal(luma[dy : dy + crop, dx : dx + crop], expected)
+        half = out[row, window * window :].reshape(2, window // 2, window // 2)
+        rows, columns = (dy + crop + 1) // 2, (dx + crop + 1) // 2
+        expected = chroma[:, top // 2 : top // 2 + rows, left // 2 : left // 2 + columns]
+        assert np.array_equal(half[:, :rows, :columns], expected)
+
+
+def test_yuv_windows_of_scaled_and_damaged_clips():
+    out = np.zeros((2, 66 * 66 * 3 // 2), np.uint8)
+    decode_yuv_windows(encode_video(192, 144), [0, 31], 72, top=3, left=9, crop_size=64, out=out)
+    assert out[:, : 66 * 66].std() > 10
+    with pytest.raises(BadClip, match="frame-count"):
+        decode_yuv_windows(encode_video(192, 144, 31), [0, 31], 72, top=3, left=9, crop_size=64, out=out)

@@ -1,0 +1,109 @@
+"""The sample table of an mp4 file, read without libav."""
+
+import io
+import struct
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loaders_media import SIZES, encode_video, picture
+
+from loaders.mp4 import read_video_track
+
+
+def demuxed(video: bytes) -> tuple[bytes, list[bytes]]:
+    """(extradata, coded frames) as libav's demuxer has them."""
+    with av.open(io.BytesIO(video), format="mp4") as container:
+        stream = container.streams.video[0]
+        packets = [bytes(packet) for packet in container.demux(stream) if packet.size]
+        return bytes(stream.codec_context.extradata), packets
+
+
+def remuxed(video: bytes, options: dict[str, str]) -> bytes:
+    """The same coded frames in a file muxed with other options."""
+    with (
+        av.open(io.BytesIO(video), format="mp4") as source,
+        tempfile.NamedTemporaryFile(suffix=".mp4") as file,
+    ):
+        with av.open(file.name, "w", format="mp4", options=options) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        return Path(file.name).read_bytes()
+
+
+def encoded(codec: str, options: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=32, options=options)
+        stream.width, stream.height, stream.pix_fmt = 144, 144, "yuv420p"
+        for step in range(32):
+            frame = av.VideoFrame.from_ndarray(picture(144, 144, step), format="rgb24")
+            frame.pts, frame.time_base = step, Fraction(1, 32)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", [{}, {"movflags": "+faststart"}])
+def test_samples_are_the_packets_of_libav(size, options):
+    video = remuxed(encode_video(*size), options)
+    extradata, packets = demuxed(video)
+    track = read_video_track(video)
+    assert track.extradata == extradata
+    assert [video[start:end] for start, end in track.samples] == packets and len(packets) == 32
+
+
+def test_other_forms_are_left_to_libav():
+    plain = encode_video(144, 144)
+    with pytest.raises(ValueError, match="fragments"):
+        read_video_track(remuxed(plain, {"movflags": "+frag_keyframe+empty_moov"}))
+    with pytest.raises(ValueError, match="reordered"):
+        read_video_track(encoded("libx264", {"bf": "2", "b-adapt": "0"}))
+    with pytest.raises(ValueError, match="avc1"):
+        read_video_track(encoded("mpeg4", {}))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_cut_files_are_an_error(share):
+    video = encode_video(144, 144)
+    for whole in (video, remuxed(video, {"movflags": "+faststart"})):
+        with pytest.raises(ValueError):
+            read_video_track(whole[: int(share * len(whole))])
+
+
+def test_a_table_longer_than_its_box_is_an_error_and_costs_no_memory():
+    video = bytearray(encode_video(144, 144))
+    table = video.index(b"stsz")
+    struct.pack_into(">I", video, table + 12, 0x7FFFFFFF)
+    with pytest.raises(ValueError, match="longer than its box"):
+        read_video_track(bytes(video))
+
+
+def test_samples_outside_the_file_are_an_error():
+    video = bytearray(encode_video(144, 144))
+    table = video.index(b"stco")
+    struct.pack_into(">I", video, table + 12, len(video) - 10)
+    with pytest.raises(ValueError, match="of a file of"):
+        read_video_track(bytes(video))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_changed_bytes_give_a_track_inside_the_file_or_an_error(data):
+    video = bytearray(encode_video(144, 144))
+    start = video.index(b"moov")
+    for _ in range(data.draw(st.integers(1, 4))):
+        video[data.draw(st.integers(start, len(video) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        track = read_video_track(bytes(video))
+    except ValueError:
+        return
+    assert all(0 <= start < end <= len(video) for start, end in track.samples)
