@@ -109,7 +109,7 @@ class ClipInfo:
         """
         try:
             record = json.loads(data)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
             raise ValueError(
                 f"key.json is not JSON ({error}); the shard is damaged, write it again"
             ) from error
@@ -131,7 +131,7 @@ def _checked(name: str, value: Any) -> Any:
         good = isinstance(value, list) and len(value) == 4 and all(_is_number(part) for part in value)
         value = tuple(float(part) for part in value) if good else value
     elif kind is int:
-        good = isinstance(value, int) and not isinstance(value, bool)
+        good = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     else:
         good = _is_number(value)
         value = float(value) if good else value
@@ -143,7 +143,12 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def video_hash(video_id: str) -> str:

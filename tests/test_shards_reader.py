@@ -302,14 +302,25 @@ def test_clip_info_survives_json(name: bytes, number: float, slot: int) -> None:
     assert 0 <= info.video_number < 2**63
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"null"])
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"null", b"[" * 99_999, b"1" * 5000])
 def test_what_is_no_clip_info_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="key.json"):
         ClipInfo.from_json(data)
 
 
 @pytest.mark.parametrize(
-    "name, value", [("slot", "1"), ("source_crop", [1, 2]), ("start_seconds", None), ("slot", True)]
+    "name, value",
+    [
+        ("slot", "1"),
+        ("source_crop", [1, 2]),
+        ("source_crop", [1, 2, 3, 10**400]),
+        ("start_seconds", None),
+        ("start_seconds", float("nan")),
+        ("start_seconds", 10**400),
+        ("slot", True),
+        ("video_number", 2**63),
+        ("frame_width", -(2**63) - 1),
+    ],
 )
 def test_fields_of_another_type_are_refused(name: str, value: object) -> None:
     record = json.loads(make_clip(1)[0].to_json()) | {name: value}
