@@ -91,6 +91,11 @@ def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return max(short_side, round(width * short_side / height)), short_side
 
 
+def yuv_window_size(crop_size: int) -> int:
+    """Side of the part of a 4:2:0 frame that holds a crop and starts at an even row and column: even."""
+    return crop_size // 2 * 2 + 2
+
+
 def crop_in_source(clip: "ClipInfo", augmentation: ClipAugmentation) -> tuple[float, float, float, float]:
     """(x, y, width, height) of a clip's crop in pixels of its source video, display orientation.
 

@@ -15,7 +15,7 @@ import av.logging
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from loaders.augment import scaled_size
+from loaders.augment import scaled_size, yuv_window_size
 from loaders.mp4 import VideoTrack, read_video_track
 from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE, SAMPLES_PER_CLIP, BadClip
 
@@ -135,11 +135,6 @@ def _rgb_target(num_frames: int, height: int, width: int) -> _RgbTarget:
             targets.popitem(last=False)
     targets.move_to_end(size)
     return targets[size]
-
-
-def yuv_window_size(crop_size: int) -> int:
-    """Side of the part of a frame that holds a crop and starts at an even row and column: even."""
-    return crop_size // 2 * 2 + 2
 
 
 def decode_yuv_windows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,8 +48,8 @@ def scale_and_shift(
     mean: float | Sequence[float], std: float | Sequence[float]
 ) -> tuple[float | list[float], float | list[float]]:
     """(scale, shift) with (pixel / 255 - mean) / std = scale pixel - shift, each a float32 value or three."""
-    mean32, std32 = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    return std32.mul(255).reciprocal().tolist(), (mean32 / std32).tolist()
+    mean32, std32 = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (1 / (std32 * np.float32(255))).tolist(), (mean32 / std32).tolist()
 
 
 def _over_channels(value: float | list[float], device: torch.device) -> Tensor:
@@ -138,11 +139,6 @@ def color_jitter(
 def _grey(x: Tensor) -> Tensor:
     """Luma (T, H, W) of x (3, T, H, W)."""
     return (x[0] * 0.299).add_(x[1], alpha=0.587).add_(x[2], alpha=0.114)
-
-
-def yuv_window_size(crop_size: int) -> int:
-    """Side of the YUV window that holds a crop at any offset: even, at least crop_size + 1."""
-    return crop_size // 2 * 2 + 2
 
 
 def yuv_windows_to_rgb(yuv: Tensor) -> Tensor:

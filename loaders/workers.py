@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from loaders.audio_ops import augment_log_mel, log_mel_spectrogram
-from loaders.augment import ClipAugmentation, draw_augmentation, scaled_size
+from loaders.augment import ClipAugmentation, draw_augmentation, scaled_size, yuv_window_size
 from loaders.base import BatchRequest
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import AudioConfig, VideoConfig
@@ -34,7 +34,6 @@ from loaders.decode import (
     decode_yuv_windows,
     uniform_frame_indices,
     waveform_samples,
-    yuv_window_size,
 )
 from loaders.plan import PADDING
 from loaders.shard_files import ShardFiles

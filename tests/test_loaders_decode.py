@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from loaders_media import SIZES, encode_audio, encode_video, picture, tone
 
+from loaders.augment import yuv_window_size
 from loaders.decode import (
     decode_frames,
     decode_waveform,
     decode_yuv_windows,
     uniform_frame_indices,
-    yuv_window_size,
 )
 from loaders.mp4 import read_video_track
 from shards.schema import BadClip

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from loaders.augment import COLOR_OPERATIONS, ClipAugmentation, draw_augmentation
+from loaders.augment import COLOR_OPERATIONS, ClipAugmentation, draw_augmentation, yuv_window_size
 from loaders.config import AudioConfig, VideoConfig
 from loaders.decode import decode_frames
 from loaders.kernels.frames import finish_frames
@@ -29,7 +29,6 @@ from loaders.video_ops import (
     frame_parameters,
     mean_grey,
     normalize_frames,
-    yuv_window_size,
     yuv_windows_to_rgb,
 )
 

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from loaders.video_ops import NUM_PARAMETERS, finish_frames_reference, yuv_window_size
+from loaders.augment import yuv_window_size
+from loaders.video_ops import NUM_PARAMETERS, finish_frames_reference
 
 Impl = Literal["auto", "reference", "fused"]
 DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loaders import video_ops
-from loaders.video_ops import mean_grey, scale_and_shift, yuv_window_size
+from loaders.augment import yuv_window_size
+from loaders.video_ops import mean_grey, scale_and_shift
 
 BLOCK = 1024  # pixels per step of a program
 NUM_WARPS = 4
