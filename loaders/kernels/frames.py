@@ -36,7 +36,7 @@ def finish_frames(
     not valid are `video_ops.mean_grey(mean)`, whatever their pixels hold.
 
     Args:
-        pixels: uint8, YUV windows (N, T, W * W * 3 // 2) with W = video_ops.yuv_window_size(crop_size): planes
+        pixels: uint8, YUV windows (N, T, W * W * 3 // 2) with W = augment.yuv_window_size(crop_size): planes
             Y, U and V of the part of the frame that starts at the crop's row and column rounded down to even;
             or RGB (N, T, crop_size, crop_size, 3), already cut.
         parameters: float32 (N, NUM_PARAMETERS) of `video_ops.frame_parameters`, on the device of pixels, or on
