@@ -133,8 +133,8 @@ VIDEO_CASES = {
         encoded(lambda data: data[: box(data, "moov")[1]], movflags="+faststart"), UNDECODABLE
     ),
     "moov first": Case(encoded(movflags="+faststart"), "fine"),
-    "zeros in the frames": Case(video(zeros_in_mdat), f"{UNDECODABLE} hidden"),
-    "noise in the frames": Case(video(noise_in_mdat), f"{UNDECODABLE} hidden"),
+    "zeros in the frames": Case(video(zeros_in_mdat), UNDECODABLE),
+    "noise in the frames": Case(video(noise_in_mdat), UNDECODABLE),
     "flipped bits in the frames": Case(
         video(lambda data: flip_bits(data, *in_mdat(data), 20)), f"{UNDECODABLE} hidden"
     ),
@@ -143,7 +143,7 @@ VIDEO_CASES = {
         video(lambda data: flip_bits(data, *box(data, "moov"), 30)), f"{UNDECODABLE} frame-size hidden"
     ),
     "first frame zeros": Case(
-        video(lambda data: overwrite(data, box(data, "mdat")[0] + 8, bytes(1500))), f"{UNDECODABLE} hidden"
+        video(lambda data: overwrite(data, box(data, "mdat")[0] + 8, bytes(1500))), UNDECODABLE
     ),
     "old checksum, zeros in the frames": Case(video(zeros_in_mdat, fix_checksum=False), "checksum"),
     "old checksum, one bit": Case(
@@ -494,7 +494,7 @@ def check_batch(batch: ClipBatch, other: ClipBatch, reasons: dict[int, str]) -> 
             assert position in reasons or batch.clips[row] == other.clips[row], what
         elif "similar" in allowed:
             difference = (batch.frames[row].float() - other.frames[row].float()).square().mean().sqrt()
-            assert difference < 8, f"{what}: frames differ by {difference:.1f}"
+            assert difference < 20, f"{what}: frames differ by {difference:.1f}"
     assert records == {}, "bad clips that are not in the batch"
     return Counter(record.reason for record in batch.bad)
 
