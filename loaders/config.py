@@ -184,6 +184,10 @@ class LoaderConfig:
     shards: str
     """Folder written by tools/make_shards.py (holds manifest.json, the tars and their indexes). With backend
     `raw`: folder of original videos."""
+    video_list: str = ""
+    """With backend `raw`: file with one path per line, relative to the folder; empty: all videos in it."""
+    video_csv: str = ""
+    """With backend `raw`: Kinetics csv, whose rows of the split `train` are read; empty: all videos."""
     global_batch_size: int = 128
     """Clips per step over all ranks; each rank gets its equal part."""
     num_workers: int = 4
@@ -237,7 +241,10 @@ class LoaderConfig:
             "0 to 1",
         )
         _check(
-            "loader.verify_shards", self.verify_shards, self.verify_shards in ("size", "sha256"), "size or sha256"
+            "loader.verify_shards",
+            self.verify_shards,
+            self.verify_shards in ("size", "sha256"),
+            "size or sha256",
         )
         _check(
             "loader.backend", self.backend, self.backend in get_args(Backend), " or ".join(get_args(Backend))

@@ -1,0 +1,97 @@
+"""The loader that needs no shards: clips are cut from the original videos as they are read.
+
+For a first look at one's own videos, and as the honest baseline of what shards save: each clip costs a search in
+its file, and the decoding at full size of all that lies between its start and the key frame before.
+
+    requests -> worker: search, decode, scale, cut, flip, log-mel -> [pinned copy] -> ClipBatch
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loaders.augment import ClipAugmentation, draw_augmentation, scaled_size
+from loaders.base import ClipTable
+from loaders.config import LoaderConfig
+from loaders.decode import uniform_frame_indices
+from loaders.portable import WorkerLoader
+from loaders.raw_index import VideoIndex, index_videos
+from loaders.raw_video import RawVideoReader
+from loaders.workers import ClipOutputs, finish_frames, finish_waveform
+from shards.schema import BadClip, ClipInfo
+
+
+class RawClips:
+    """Clips of the original videos: one random second of each per epoch. See `workers.ClipMaker`; every video
+    counts as a shard of one clip, and slot 1 is the second clip where there are two of a video."""
+
+    def __init__(self, index: VideoIndex, outputs: ClipOutputs, seed: int) -> None:
+        assert outputs.pixels == "rgb" and outputs.sound == "log-mel", outputs
+        self.outputs = outputs
+        self._reader = RawVideoReader(index)
+        self._seed = seed
+        self._frame_indices = uniform_frame_indices(outputs.video.num_frames)
+
+    def name(self, slots: tuple[int, ...], part: int, shard: int, position: int) -> tuple[str, str]:
+        """(key, video id) of a clip."""
+        return self._reader.key(shard, slots[part]), self._reader.video(shard).video_id
+
+    def make(
+        self, slots: tuple[int, ...], part: int, shard: int, position: int, epoch: int, row: dict[str, Tensor]
+    ) -> tuple[ClipInfo, ClipAugmentation]:
+        """Cuts, decodes and prepares a clip; see ClipMaker."""
+        reader, slot, video, audio = self._reader, slots[part], self.outputs.video, self.outputs.audio
+        key, video_id = self.name(slots, part, shard, position)
+        width, height = scaled_size(*reader.frame_size(shard), video.short_side)
+        done = draw_augmentation(video, audio, self._seed, epoch, key, height, width, audio.num_steps())
+        second = reader.read(
+            shard,
+            reader.start_seconds(shard, self._seed, epoch, slot),
+            short_side=video.short_side,
+            frame_indices=self._frame_indices,
+            window=(done.crop_top, done.crop_left, video.crop_size, video.crop_size),
+            out=row["frames"].numpy(),
+            slot=slot,
+        )
+        if len(second.waveform) != audio.sample_rate:
+            raise BadClip(key, video_id, "sample-count")
+        finish_frames(row["frames"], done)
+        finish_waveform(torch.from_numpy(second.waveform), audio, done, row["log_mel"])
+        return second.info, done
+
+
+class RawLoader(WorkerLoader):
+    """Batches of one rank; see `loaders.Loader` for the interface."""
+
+    def __init__(
+        self, config: LoaderConfig, rank: int = 0, world_size: int = 1, *, pin_memory: bool = False
+    ) -> None:
+        """Indexes the videos of config.shards (`raw_index.index_videos`), which is kept for the next time.
+
+        Raises:
+            ValueError: no video gives clips, world_size does not divide the global batch, or there are fewer
+                videos than one batch.
+        """
+        index = _index(config, rank)
+        # A second slot, so that two clips of a video have two keys.
+        table = ClipTable(
+            folder=config.shards,
+            num_slots=config.clips_per_video,
+            clips_per_shard=[1] * len(index.videos),
+            identity={"videos": index.digest},
+        )
+        maker = RawClips(index, ClipOutputs(video=config.video, audio=config.audio), config.seed)
+        super().__init__(config, rank, world_size, table, maker, pin_memory=pin_memory)
+
+
+def _index(config: LoaderConfig, rank: int) -> VideoIndex:
+    """The index; with several ranks the first one reads the videos, the others what it kept."""
+    together = dist.is_available() and dist.is_initialized()
+    if together and rank != 0:
+        dist.barrier()
+    index = index_videos(
+        config.shards, list_file=config.video_list or None, csv_file=config.video_csv or None
+    )
+    if together and rank == 0:
+        dist.barrier()
+    return index
