@@ -36,6 +36,8 @@ from shards.schema import FRAMES_PER_CLIP, SHORT_SIDE, BadClip
 
 OPEN_SHARDS = 64  # a file descriptor and an index in memory each
 NUM_READY = 2  # finished batches on the device
+LONGEST_SIDE = 4096  # pixels, of a scaled frame
+NAL_SLICE, NAL_IDR_SLICE = 1, 5  # H.264 NAL unit types: a slice of a picture, of one that starts anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +93,13 @@ class ReadClips:
         )
 
 
-def check_sample_table(raw: RawClip) -> None:
-    """Raises BadClip unless the sample table of key.mp4 holds 32 coded frames, all inside the file.
+def check_coded_frames(raw: RawClip) -> None:
+    """Raises BadClip unless key.mp4 holds 32 coded frames, as far as that can be seen without decoding.
 
-    A hardware decoder may make frames out of anything, or give up the whole batch. Reasons: `frame-count`;
-    `decode-error` for a file that is damaged or not of the form that make_shards writes.
+    All lie inside the file; each is a row of whole NAL units with a slice of a picture among them; the first
+    starts a group of pictures. DALI believes the sample table: where the hardware decoder makes nothing of a
+    sample, the frame is whatever was in memory. Reasons: `frame-count`; `decode-error` for a file that is
+    damaged or not of the form that make_shards writes.
     """
     try:
         track = read_video_track(raw.video)
@@ -103,6 +107,25 @@ def check_sample_table(raw: RawClip) -> None:
         raise BadClip(raw.info.key, raw.shard, "decode-error") from error
     if len(track.samples) != FRAMES_PER_CLIP:
         raise BadClip(raw.info.key, raw.shard, "frame-count")
+    if len(track.extradata) < 5:
+        raise BadClip(raw.info.key, raw.shard, "decode-error")
+    length_bytes = 1 + track.extradata[4] % 4
+    for number, (start, end) in enumerate(track.samples):
+        slices = _slice_types(raw.video, start, end, length_bytes)
+        if not slices or (number == 0 and slices != {NAL_IDR_SLICE}):
+            raise BadClip(raw.info.key, raw.shard, "decode-error")
+
+
+def _slice_types(video: bytes, start: int, end: int, length_bytes: int) -> set[int]:
+    """NAL unit types of the slices of a coded frame; empty unless whole units fill video[start:end]."""
+    found = set()
+    while start < end:
+        first = start + length_bytes
+        start = first + int.from_bytes(video[start:first], "big")
+        if not first < start <= end:
+            return set()
+        found.add(video[first] & 31)
+    return found & {NAL_SLICE, NAL_IDR_SLICE}
 
 
 class DaliGpuLoader(PositionedLoader):
@@ -218,11 +241,13 @@ class DaliGpuLoader(PositionedLoader):
 
     def _check(self, raw: RawClip) -> None:
         """Raises BadClip where it is known before decoding."""
-        short_side = min(raw.info.frame_width, raw.info.frame_height)
-        if short_side < 1 or (short_side != SHORT_SIDE and not is_scaled(self.config.video)):
+        width, height = raw.info.frame_width, raw.info.frame_height
+        fits = min(width, height) >= 1 and (is_scaled(self.config.video) or min(width, height) == SHORT_SIDE)
+        # What a damaged key.json says must not be allocated.
+        if not fits or max(scaled_size(width, height, self.config.video.short_side)) > LONGEST_SIDE:
             raise BadClip(raw.info.key, raw.shard, "frame-size")
         if self._stream is not None:
-            check_sample_table(raw)
+            check_coded_frames(raw)
 
     def _draw(self, raw: RawClip, epoch: int) -> ClipAugmentation:
         video, audio, info = self.config.video, self.config.audio, raw.info
