@@ -30,6 +30,14 @@ setup(
         "webdataset>=0.2.100",
     ],
     extras_require={
+        # What benchmarks/loader_throughput.py compares the loaders with; each can be missing. SPDL and torchcodec
+        # need the system's FFmpeg libraries.
+        "bench": [
+            "decord>=0.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "opencv-python-headless>=4.10",
+            "spdl>=0.8",
+            "torchcodec==0.11.*",  # the build that goes with torch 2.11
+        ],
         "test": [
             "hypothesis>=6.100",
             "pytest>=8",

@@ -27,6 +27,11 @@ LIBRARIES = (
     "numpy",
     "imageio-ffmpeg",
     "ffmpeg-python",
+    "spdl",
+    "torchcodec",
+    "decord",
+    "opencv-python-headless",
+    "triton",
 )
 
 
