@@ -319,7 +319,7 @@ def _scan(path: str) -> dict[str, Any]:
         untimed = lacks_times(container)
         video_end, audio_start, audio_end = -math.inf, math.inf, -math.inf
         frame_seconds = 1 / probe.fps if probe.fps > 0 else 1 / FPS
-        for packet in _packets(container, video, audio):
+        for packet in read_packets(container, video, audio):
             ticks = packet.pts if packet.pts is not None else packet.dts
             if ticks is None or packet.time_base is None:
                 untimed = untimed or packet.stream_index == video.index
@@ -402,7 +402,7 @@ def lacks_times(container: av.container.InputContainer) -> bool:
     return container.format.name == "avi"
 
 
-def _packets(container: av.container.InputContainer, *streams: av.stream.Stream) -> Iterator[av.Packet]:
+def read_packets(container: av.container.InputContainer, *streams: av.stream.Stream) -> Iterator[av.Packet]:
     """Packets with contents up to the end or to where the container cannot be read any more."""
     packets = container.demux(*streams)
     while True:

@@ -30,6 +30,7 @@ from loaders.raw_index import (
     index_videos,
     lacks_times,
     origin_seconds,
+    read_packets,
 )
 from shards.schema import (
     CLIP_SECONDS,
@@ -110,6 +111,10 @@ class RawVideoReader:
     def __len__(self) -> int:
         """Number of videos."""
         return len(self._index.videos)
+
+    def video(self, position: int) -> IndexedVideo:
+        """What is known of a video."""
+        return self._index.videos[position]
 
     def key(self, position: int, slot: int = 0) -> str:
         """Key of a video's clip. slot: 1 for the second clip where there are two of a video."""
@@ -360,9 +365,9 @@ def _feed(container: av.container.InputContainer, picture: "_Picture | None", so
     """Gives packets to both until they have what they need, or to the end of the file."""
     takers = {taker.stream.index: taker for taker in (picture, sound) if taker is not None}
     waiting = set(takers)
-    for packet in container.demux(*(taker.stream for taker in takers.values())):
+    for packet in read_packets(container, *(taker.stream for taker in takers.values())):
         index = packet.stream_index
-        if index in waiting and packet.size and takers[index].take(packet):
+        if index in waiting and takers[index].take(packet):
             waiting.remove(index)
             if not waiting:
                 return
@@ -521,13 +526,10 @@ class _Sound:
         if begin + (packet.duration or 0) * self._tick < self._begin and ticks is not None:
             return False
         if begin >= self._end:
-            if not self._any and not self._take_late and self._clip.video.audio_start_seconds < self._begin:
-                return True
             self.finish()
             return True
         if not self._any:
-            earliest = max(self._begin, self._clip.video.audio_start_seconds)
-            if begin > earliest + 1e-3 and not self._take_late:
+            if begin > max(self._begin, self._clip.video.audio_start_seconds) + 1e-3 and not self._take_late:
                 return True
             self._any = True
         try:
@@ -541,7 +543,8 @@ class _Sound:
 
     def finish(self) -> None:
         """No more packets are there, or needed."""
-        self.complete = True
+        # With none so far, all may lie before the place where the search ended.
+        self.complete = self._any or self._take_late or self._clip.video.audio_start_seconds >= self._begin
         if self._mixer is not None:
             self._pieces.append(self._mixer.finish())
 
