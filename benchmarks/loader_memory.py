@@ -2,14 +2,13 @@
 
     python benchmarks/loader_memory.py [--shards FOLDER] [--backend portable] [--clips 10000] [--workers N] [--batch 16]
 
-Prints FLAT or GROWS with the slope, and appends a row to results/loader_memory.jsonl. Memory is the proportional set
-size (shared pages count once) of this process and all its workers. The first fifth of the clips is warm-up. The slope
+Prints FLAT or GROWS with the slope, and appends a row to results/loader_memory.jsonl. Memory is what this
+process and all its workers keep for themselves, anonymous and shared, shared pages counted once. The first fifth of the clips is warm-up. The slope
 is that of a straight line through the rest; it counts as growth when it is more than `--limit` and more than twice its
 standard error.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -145,16 +144,15 @@ def main(argv: list[str] | None = None) -> int:
         num_bad=loader.bad_clips.total(),
         cache="warm",
         note=arguments.note,
-        memory_bytes=dict(zip(map(str, clips), memory, strict=True)),
+        memory_bytes_by_clips=dict(zip(map(str, clips), memory, strict=True)),
         slope_bytes_per_1000_clips=found.bytes_per_1000_clips,
         slope_standard_error=found.standard_error,
         gpu_slope_bytes_per_1000_clips=None if on_gpu is None else on_gpu.bytes_per_1000_clips,
         verdict="GROWS" if grows else "FLAT",
     )
-    print(
-        f"{row['verdict']}: {found.bytes_per_1000_clips / 1e3:+.1f} kB per 1,000 clips "
-        f"(standard error {found.standard_error / 1e3:.1f} kB) over {num_clips} clips, {max(memory) / 1e6:.0f} MB at most"
-    )
+    slope = f"{found.bytes_per_1000_clips / 1e3:+.1f} kB per 1,000 clips"
+    error = f"standard error {found.standard_error / 1e3:.1f} kB"
+    print(f"{row['verdict']}: {slope} ({error}) over {num_clips} clips, {max(memory) / 1e6:.0f} MB at most")
     print(append_row(row, Path(arguments.output)))
     return 1 if grows else 0
 

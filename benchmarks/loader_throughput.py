@@ -5,7 +5,7 @@
 
 Each contender (`benchmarks/contenders`) lives in a process of its own and decodes the same clips. First its output
 without augmentation is compared with the reference; who fails is shown as failed and not timed. Then, in rounds (ABAB,
-every second round backwards), each takes a turn while the processes of all others are stopped: what it has fetched
+each beginning further on), each takes a turn while the processes of all others are stopped: what it has fetched
 ahead is taken and not counted, then batches are counted for some seconds. Ratios are those of turns of the same round.
 The CPU time is that of the contender's whole process tree; `foreign` is what the rest of the machine used meanwhile.
 
@@ -45,6 +45,7 @@ from benchmarks.contenders.host import ContenderFailed, HostedContender  # noqa:
 from benchmarks.contenders.material import Material, prepare  # noqa: E402
 
 CHECKED_CLIPS = 8
+ROTATION = 7  # contenders further on that each round begins
 QUICK = {"rounds": 2, "seconds": 0.8, "batch": 8}
 MEMORY_PER_PROCESS = 350e6
 """Bytes that a contender's process is expected to need; with less memory they are started anew for each turn."""
@@ -321,9 +322,10 @@ class Run:
                 entry.host = None
 
     def play_round(self, number: int) -> None:
-        """One turn of each; every second round in reverse order."""
+        """One turn of each, in the same circle from another place in every round."""
         alive = [entry for entry in self.entries if entry.is_alive]
-        for entry in reversed(alive) if number % 2 else alive:
+        first = number * ROTATION % max(1, len(alive))
+        for entry in alive[first:] + alive[:first]:
             workers = entry.workload.num_workers
             try:
                 if entry.host is None:
@@ -440,7 +442,7 @@ def show_table(console: Console, entries: Sequence[Entry], ceiling: Entry | None
     table = Table(title=f"loader throughput, {num_cores} cores", title_justify="left")
     table.add_column("contender")
     for heading in (
-        "clips/s", "p20-p80", "of ceiling", "CPU ms/clip", "clips/s per core", "PSS MB", "MB/s read", "first s", "bad",
+        "clips/s", "p20-p80", "of ceiling", "CPU ms/clip", "clips/s per core", "memory MB", "MB/s read", "first s", "bad",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     group = None

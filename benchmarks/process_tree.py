@@ -54,10 +54,10 @@ def tree_usage(pid: int) -> TreeUsage:
 
 
 def tree_memory(pid: int) -> int:
-    """Bytes of memory of pid and all processes below it.
+    """Bytes of memory that pid and all processes below it keep for themselves: anonymous and shared memory.
 
-    Pages that processes share count once (proportional set size), where the system tells it; resident set sizes
-    added up otherwise.
+    Pages that processes share count once (proportional set sizes), where the system tells them. Mapped files do not
+    count: the libraries are shared with whatever else runs them, and a share of them says more about others.
     """
     return sum(_process_memory(process) for process in descendants(pid))
 
@@ -109,12 +109,15 @@ def _rchar(pid: int) -> int | None:
 
 
 def _process_memory(pid: int) -> int:
-    for name, label in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
+    for name, labels in (
+        ("smaps_rollup", ("Pss_Anon:", "Pss_Shmem:")),
+        ("status", ("RssAnon:", "RssShmem:")),
+    ):
         try:
             text = Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        for line in text.splitlines():
-            if line.startswith(label):
-                return 1024 * int(line.split()[1])
+        found = [int(line.split()[1]) for line in text.splitlines() if line.startswith(labels)]
+        if found:
+            return 1024 * sum(found)
     return 0

@@ -39,13 +39,14 @@ def open_stream(workload: Workload) -> Iterator[Batch]:
     torch.set_num_threads(1)  # the pipeline's threads are the parallelism
     augment = workload.augment
     decode = _decode_ours if workload.options.get("our_transforms") else _decode
+    order = "completion" if augment else "input"
     builder = (
         PipelineBuilder()
         .add_source(_tar_paths(workload.shards, augment))
         .pipe(_read_tar)
-        .pipe(lambda sample: decode(*sample, augment), concurrency=workload.num_workers, output_order="input")
+        .pipe(lambda sample: decode(*sample, augment), concurrency=workload.num_workers, output_order=order)
         .aggregate(workload.batch_size, drop_last=True)
-        .pipe(_collate, concurrency=max(1, workload.num_workers // 8), output_order="input")
+        .pipe(_collate, concurrency=max(1, workload.num_workers // 8), output_order=order)
         .add_sink(SINK_BATCHES)
     )
     # Threads besides the decoding ones: tar reading and collating.
