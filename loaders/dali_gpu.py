@@ -6,7 +6,6 @@ DALI is handed bytes and numbers and nothing else: which clips make up a batch a
 from the plan and from draw_augmentation, as in every other loader.
 """
 
-import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,12 +28,12 @@ from loaders.kernels.frames import DTYPES, finish_frames
 from loaders.mp4 import read_video_track
 from loaders.plan import PADDING
 from loaders.portable import open_shard_table
+from loaders.shard_files import OpenShards
 from loaders.video_ops import frame_parameters, mean_grey
 from loaders.workers import FilledPart, assemble_batch
-from shards.reader import RawClip, ShardReader
+from shards.reader import RawClip
 from shards.schema import FRAMES_PER_CLIP, SHORT_SIDE, BadClip
 
-OPEN_SHARDS = 64  # a file descriptor and an index in memory each
 NUM_READY = 2  # finished batches on the device
 LONGEST_SIDE = 4096  # pixels, of a scaled frame
 NAL_SLICE, NAL_IDR_SLICE = 1, 5  # H.264 NAL unit types: a slice of a picture, of one that starts anew
@@ -172,10 +171,10 @@ class DaliGpuLoader(PositionedLoader):
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
             self._stream = torch.cuda.Stream(self.device)
-        self._files, table = open_shard_table(config)
+        files, table = open_shard_table(config)
+        self._shards = OpenShards(files)
         super().__init__(config, rank, world_size, table)
         self._frames_dtype = frames_dtype
-        self._open_shard = functools.lru_cache(maxsize=OPEN_SHARDS)(ShardReader)
         self._requests: Iterator[BatchRequest] = iter(())
         self._threads: ThreadPoolExecutor | None = None
         self._reading: deque[tuple[BatchRequest, Future[list[ReadClips]]]] = deque()
@@ -207,7 +206,7 @@ class DaliGpuLoader(PositionedLoader):
         self._reading.clear()
         self._decoding.clear()
         self._decoder = None
-        self._open_shard.cache_clear()
+        self._shards.close()
 
     # In threads that read: bytes to ReadClips.
 
@@ -227,10 +226,10 @@ class DaliGpuLoader(PositionedLoader):
         for row, (shard, position) in enumerate(request.rows.tolist()):
             if shard == PADDING:
                 continue
-            reader = self._open_shard(self._files.epoch_paths(request.slots, shard)[part])
-            clips.keys[row], clips.shards[row] = reader.key(position), reader.shard
+            place = (request.slots, part, shard, position)
+            clips.keys[row], clips.shards[row] = self._shards.name(*place)
             try:
-                raw = reader.read(position)
+                raw = self._shards.read(*place)
                 self._check(raw)
                 clips.waveforms[row] = waveform_samples(raw.audio, key=raw.info.key, shard=raw.shard)
             except BadClip as error:

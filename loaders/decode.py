@@ -239,12 +239,11 @@ def _chosen_frames(
     count, size, previous_pts = 0, None, None
     try:
         track = read_video_track(video)
-    except ValueError:
-        decoded = _decode_container(video, key, shard)  # not the plain form, or damaged: libav shall judge
-    else:
-        if len(track.samples) != FRAMES_PER_CLIP:
-            raise BadClip(key, shard, "frame-count")
-        decoded = _decode_track(video, track)
+    except ValueError as error:
+        raise BadClip(key, shard, "decode-error") from error
+    if len(track.samples) != FRAMES_PER_CLIP:
+        raise BadClip(key, shard, "frame-count")
+    decoded = _decode_track(video, track)
     try:
         for frame in decoded:
             if frame.is_corrupt or frame.pts is None:
@@ -295,16 +294,6 @@ def _decode_track(video: bytes, track: VideoTrack) -> Iterator[av.VideoFrame]:
     decoders[track.extradata] = decoder
     if len(decoders) > KEPT_DECODERS:
         decoders.popitem(last=False)
-
-
-def _decode_container(video: bytes, key: str, shard: str) -> Iterator[av.VideoFrame]:
-    """Frames of any mp4 file's first video stream."""
-    with av.open(io.BytesIO(video), format="mp4", metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise BadClip(key, shard, "decode-error")
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
-        yield from container.decode(stream)
 
 
 def waveform_samples(audio: bytes, *, key: str = "", shard: str = "") -> np.ndarray:

@@ -1,9 +1,8 @@
 """Where the coded frames of a clip lie in its mp4 file.
 
 A clip is 32 frames in one piece; opening it as a container costs libav 0.4 ms, about a quarter of what decoding
-does. The sample table says all that is needed. Only the plain form that make_shards writes is understood (one
-H.264 track, no B-frames, no fragments, no edits): anything else is a ValueError, and the caller opens the
-container.
+does. The sample table says all that is needed. Only what shards hold is understood (one H.264 track, no
+B-frames, no fragments, no edits): anything else is not a clip, and a ValueError.
 """
 
 import struct
@@ -28,7 +27,7 @@ def read_video_track(video: bytes) -> VideoTrack:
     """Sample table of an mp4 file's H.264 track.
 
     Raises:
-        ValueError: the file is damaged, or is not of the plain form.
+        ValueError: the file is damaged, or not of the form that shards hold.
     """
     boxes: dict[bytes, tuple[int, int]] = {}
     try:
@@ -99,10 +98,12 @@ def _avc_configuration(data: bytes, start: int, end: int) -> bytes:
 
 
 def _sample_sizes(data: bytes, start: int, end: int) -> tuple[int, ...]:
-    (size,) = struct.unpack_from(">I", data, start + 4)
-    if size:
-        raise ValueError("samples of one size: not H.264")
-    return _table(data, start, end, 8, 1)
+    size, count = struct.unpack_from(">II", data, start + 4)
+    if size == 0:
+        return _table(data, start, end, 8, 1)
+    if size * count > len(data):
+        raise ValueError(f"{count} samples of {size} bytes in a file of {len(data)}")
+    return (size,) * count
 
 
 def _sample_ranges(

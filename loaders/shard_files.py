@@ -7,7 +7,9 @@ of another slot: every video still comes once per epoch, with another of its sec
 import hashlib
 import logging
 import os
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shards.manifest import Manifest, ShardEntry
-from shards.reader import ShardReader, find_shard_fault
+from shards.reader import RawClip, ShardReader, find_shard_fault
+from shards.schema import BadClip
 
 CHECK_THREADS = 16  # for checks of sizes, which wait for the file system
+OPEN_SHARDS = 64  # per process: a file descriptor and an index in memory each
 HASH_BYTES = 1 << 20  # read at a time
 PROGRESS_SECONDS = 10.0  # between two lines about a long check
 SHARDS_IN_ERROR = 3  # named in an error
@@ -224,3 +228,67 @@ def _sha256(path: Path) -> str:
         while length := file.readinto(buffer):
             digest.update(memoryview(buffer)[:length])
     return digest.hexdigest()
+
+
+class OpenShards:
+    """Clips by position, from shards that are opened when they are first needed. Can be shared by threads, and
+    pickled: what is open stays here."""
+
+    def __init__(self, files: ShardFiles) -> None:
+        self._files = files
+        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def name(self, slots: tuple[int, ...], part: int, shard: int, position: int) -> tuple[str, str]:
+        """(key, file name of the tar) of a clip; the key is made up where the shard cannot be opened."""
+        path = self._files.epoch_paths(slots, shard)[part]
+        try:
+            return self._reader(path).key(position), os.path.basename(path)
+        except (ValueError, OSError, IndexError):
+            return f"{os.path.basename(path)}#{position}", os.path.basename(path)
+
+    def read(self, slots: tuple[int, ...], part: int, shard: int, position: int) -> RawClip:
+        """One clip of an epoch of these slots.
+
+        Args:
+            slots: slots of the epoch.
+            part: which of them.
+            shard: index of the shard in its slot.
+            position: of the clip in the shard.
+
+        Raises:
+            BadClip: as `ShardReader.read`; `bad-shard` where the shard cannot be opened any more, or does not have
+                this clip; `read-error` where the file system fails.
+        """
+        path = self._files.epoch_paths(slots, shard)[part]
+        name = f"{os.path.basename(path)}#{position}", os.path.basename(path)
+        try:
+            reader = self._reader(path)
+        except (ValueError, OSError) as error:
+            raise BadClip(*name, "bad-shard") from error
+        if position >= len(reader):
+            raise BadClip(*name, "bad-shard")
+        try:
+            return reader.read(position)
+        except OSError as error:
+            raise BadClip(*name, "read-error") from error
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._lock:
+            self._readers.clear()
+
+    def _reader(self, path: str) -> ShardReader:
+        """Reader of a shard, the OPEN_SHARDS last used of which stay open."""
+        with self._lock:
+            reader = self._readers.pop(path, None) or ShardReader(path)
+            self._readers[path] = reader
+            if len(self._readers) > OPEN_SHARDS:
+                self._readers.popitem(last=False)  # closed when no thread reads from it any more
+            return reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self._files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["files"])

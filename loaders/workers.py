@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import types
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,13 +35,11 @@ from loaders.decode import (
     waveform_samples,
 )
 from loaders.plan import PADDING
-from loaders.shard_files import ShardFiles
+from loaders.shard_files import OpenShards, ShardFiles
 from loaders.shared_memory import BufferPool
 from loaders.video_ops import color_jitter, flip_frames
-from shards.reader import ShardReader
 from shards.schema import SAMPLES_PER_CLIP, BadClip, ClipInfo
 
-OPEN_SHARDS = 64  # per worker: a file descriptor and an index in memory each
 ALIGNMENT = 64  # bytes: arrays of a batch start at a cache line
 
 
@@ -157,21 +154,19 @@ class ShardClips:
 
     def __init__(self, files: ShardFiles, outputs: ClipOutputs, seed: int) -> None:
         self.outputs = outputs
-        self._files = files
+        self._shards = OpenShards(files)
         self._seed = seed
         self._frame_indices = uniform_frame_indices(outputs.video.num_frames)
-        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
 
     def name(self, slots: tuple[int, ...], part: int, shard: int, position: int) -> tuple[str, str]:
         """(key, name of the shard) of a clip."""
-        reader = self._reader(slots, part, shard)
-        return reader.key(position), reader.shard
+        return self._shards.name(slots, part, shard, position)
 
     def make(
         self, slots: tuple[int, ...], part: int, shard: int, position: int, epoch: int, row: dict[str, Tensor]
     ) -> tuple[ClipInfo, ClipAugmentation]:
         """Reads, decodes and prepares a clip; see ClipMaker."""
-        raw = self._reader(slots, part, shard).read(position)
+        raw = self._shards.read(slots, part, shard, position)
         info, video, audio = raw.info, self.outputs.video, self.outputs.audio
         if min(info.frame_width, info.frame_height) < 1:
             raise BadClip(info.key, raw.shard, "frame-size")
@@ -200,16 +195,6 @@ class ShardClips:
             waveform = decode_waveform(raw.audio, key=info.key, shard=raw.shard)
             finish_waveform(torch.from_numpy(waveform), audio, done, row["log_mel"])
         return info, done
-
-    def _reader(self, slots: tuple[int, ...], part: int, shard: int) -> ShardReader:
-        """Reader of a shard, the OPEN_SHARDS last used of which stay open."""
-        path = self._files.epoch_paths(slots, shard)[part]
-        if path not in self._readers:
-            self._readers[path] = ShardReader(path)
-            if len(self._readers) > OPEN_SHARDS:
-                self._readers.popitem(last=False)[1].close()
-        self._readers.move_to_end(path)
-        return self._readers[path]
 
 
 def finish_frames(frames: Tensor, augmentation: ClipAugmentation) -> None:

@@ -164,14 +164,16 @@ class FfmpegTimeout(Exception):
 
 
 def find_ffmpeg() -> str:
-    """Path of an ffmpeg that has libx264: the one on PATH, else the one that imageio-ffmpeg brings.
+    """Path of an ffmpeg that has libx264: the one that imageio-ffmpeg brings, else the one on PATH.
+
+    The first is the same on every machine, so that shards are; IMAGEIO_FFMPEG_EXE in the environment names
+    another one.
 
     Raises:
         ValueError: neither works.
     """
-    found = shutil.which("ffmpeg")
     tried = []
-    for program in ([found] if found else []) + [_bundled_ffmpeg()]:
+    for program in (_bundled_ffmpeg(), shutil.which("ffmpeg")):
         if program is None:
             continue
         tried.append(program)

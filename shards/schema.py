@@ -43,8 +43,8 @@ WAV_HEADER = struct.pack(
 class BadClip(Exception):
     """One clip cannot be used; the loader counts it by `reason` and never replaces it quietly.
 
-    Reasons given by this package: `missing-member`, `stale-index`, `bad-json`, `checksum`, `sample-count`,
-    `frame-count`, `frame-size`, `decode-error`.
+    Reasons: `missing-member`, `stale-index`, `bad-json`, `checksum`, `sample-count`, `frame-count`,
+    `frame-size`, `decode-error`; and of a loader `bad-shard`, `read-error`.
     """
 
     def __init__(self, key: str, shard: str, reason: str) -> None:

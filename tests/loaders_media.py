@@ -51,6 +51,12 @@ def tone(hertz: float, num_samples: int = SAMPLE_RATE, amplitude: float = 0.5) -
     return (amplitude * np.sin(2 * np.pi * hertz * np.arange(num_samples) / SAMPLE_RATE)).astype(np.float32)
 
 
+def noise(seed: int, num_samples: int = SAMPLE_RATE, amplitude: float = 0.003) -> np.ndarray:
+    """float32 (num_samples,): white noise. Between the harmonics of a pure tone there is nothing but the rounding
+    errors of an FFT."""
+    return (amplitude * np.random.default_rng(seed).standard_normal(num_samples)).astype(np.float32)
+
+
 def encode_audio(waveform: np.ndarray) -> bytes:
     """wav: 16-bit, mono, 24 kHz."""
     buffer = io.BytesIO()
@@ -83,7 +89,7 @@ def write_shards(
                     frames = encode_video(width, height, 31 if kind == "short" else 32)
                     if kind == "video":
                         frames = frames[: len(frames) // 2]
-                    sound = encode_audio(tone(200 + 100 * (video % 50) + 50 * slot))
+                    sound = encode_audio(tone(200 + 100 * (video % 50) + 50 * slot) + noise(video))
                     info = clip_info(f"{video:05d}.mp4", slot, width, height, frames, sound)
                     writer.write(info, frames, sound)
                     video += 1

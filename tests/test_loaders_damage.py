@@ -32,7 +32,7 @@ from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig, VideoConfig
 from shards.manifest import read_manifest
 
-BACKENDS = ["portable"]
+BACKENDS = ["portable", "dali-cpu-decode"]
 NUM_CLIPS = 8
 BATCH_SIZE = 4
 POSITION = 2  # of the damaged clip; clip 5 has frames of the same size and comes after it
@@ -340,11 +340,6 @@ OTHER_CASES = {
     ),
 }
 CASES = {**VIDEO_CASES, **SAMPLE_TABLE_CASES, **OTHER_CASES}
-NOT_NOTICED = "what is no plain H.264 clip is left to libav, which decodes it"
-NOT_YET = dict.fromkeys(("HEVC", "VP9", "MPEG-4", "MJPEG"), NOT_NOTICED)
-"""Cases that fail, and why."""
-TOO_LARGE_YET = {"8 million frames of a byte": "libav's demuxer writes the whole table out"}
-"""Cases that take memory, and why."""
 
 
 def config(folder: Path, backend: str, **changes: object) -> LoaderConfig:
@@ -422,8 +417,6 @@ def folder(undamaged, tmp_path) -> Path:
 @pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)
 @pytest.mark.parametrize("name", CASES)
 def test_damaged_clip_costs_exactly_one_clip(name, folder, backend, reference, request):
-    if name in NOT_YET:
-        request.applymarker(pytest.mark.xfail(reason=NOT_YET[name], strict=True))
     case = CASES[name]
     with edit_shard(folder / SHARD) as shard:
         case.damage(shard, POSITION)
@@ -436,10 +429,9 @@ def test_each_of_many_damaged_clips_costs_exactly_one_clip(undamaged_triples, tm
     folder = shutil.copytree(undamaged_triples, tmp_path / "shards")
     reasons = {}
     with edit_shard(folder / SHARD) as shard:
-        for number, (name, case) in enumerate(CASES.items()):
-            if name not in NOT_YET and name not in TOO_LARGE_YET:
-                reasons[3 * number + 1] = case.reasons
-                case.damage(shard, 3 * number + 1)
+        for number, case in enumerate(CASES.values()):
+            reasons[3 * number + 1] = case.reasons
+            case.damage(shard, 3 * number + 1)
     loaders = [build_loader(config(path, backend, drop_last=False)) for path in (folder, undamaged_triples)]
     try:
         found: Counter[str] = Counter()
@@ -609,8 +601,6 @@ def test_too_many_bad_clips_stop_the_run_and_name_the_worst_shard(tmp_path, back
 @pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)
 @pytest.mark.parametrize("name", SAMPLE_TABLE_CASES)
 def test_sizes_that_a_damaged_file_promises_are_not_allocated(name, folder, backend, reference, request):
-    if name in TOO_LARGE_YET:
-        request.applymarker(pytest.mark.xfail(reason=TOO_LARGE_YET[name], strict=True))
     with edit_shard(folder / SHARD) as shard:
         SAMPLE_TABLE_CASES[name].damage(shard, POSITION)
     before = peak_memory(reset=True)

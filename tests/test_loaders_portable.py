@@ -15,6 +15,7 @@ import torch
 from loaders_media import encode_audio, encode_video, tone, write_shards
 
 from loaders import build_loader
+from loaders.base import TooManyBadClips
 from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig, VideoConfig
 from loaders.decode import decode_frames, decode_waveform
@@ -86,11 +87,27 @@ def test_uneven_ranks_are_refused_at_once(shards):
         build_loader(config(shards), 0, 4)
 
 
-def test_error_of_a_worker_reaches_the_consumer(tmp_path):
-    write_shards(tmp_path, [8], num_slots=1)
-    loader = build_loader(config(tmp_path, num_workers=1))
-    (tmp_path / "train-slot00-000000.idx").unlink()  # after the check at the start
-    with pytest.raises(ValueError, match="train-slot00-000000.idx does not exist"):
+def test_a_shard_that_is_lost_while_training_costs_its_clips_and_then_the_budget(tmp_path):
+    write_shards(tmp_path, [60, 60], num_slots=1)
+    loader = build_loader(config(tmp_path, num_workers=1, shuffle=False))
+    (tmp_path / "train-slot00-000001.idx").unlink()  # after the check at the start
+    batches = []
+    with pytest.raises(TooManyBadClips, match=r"bad-shard \d+\), .* most are in train-slot00-000001.tar"):
+        for batch in loader:
+            batches.append(batch)
+    assert all(batch.valid.all() for batch in batches[:10])
+    first = batches[10].bad[0]
+    assert (first.shard, first.reason) == ("train-slot00-000001.tar", "bad-shard")
+    assert first.key == "train-slot00-000001.tar#0" == batches[10].keys[0]
+
+
+def test_error_of_a_worker_reaches_the_consumer(shards, monkeypatch):
+    def broken(*arguments):
+        raise MemoryError("no more")
+
+    loader = build_loader(config(shards))
+    monkeypatch.setattr("loaders.workers.ShardClips.make", broken)
+    with pytest.raises(MemoryError, match="no more"):
         next(iter(loader))
 
 

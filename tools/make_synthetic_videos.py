@@ -3,8 +3,8 @@
     python tools/make_synthetic_videos.py --out FOLDER [--num-videos 8] [--seed 0] [--seconds 3]
 
 `make_flash_beep_video` makes one video with a given frame rate, size, rotation, sound layout and start of
-each stream; `make_synthetic_videos` makes a folder of varied ones. Needs nothing but ffmpeg (the one on PATH
-or imageio-ffmpeg's).
+each stream; `make_synthetic_videos` makes a folder of varied ones. Needs nothing but ffmpeg
+(imageio-ffmpeg's or the one on PATH).
 """
 
 import argparse
