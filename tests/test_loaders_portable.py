@@ -184,7 +184,10 @@ def test_workers_without_buffers_give_the_same(shards, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
-def test_no_process_outlives_a_killed_parent(shards):
+@pytest.mark.parametrize("backend", ["portable", pytest.param("dali-cpu-decode", marks=pytest.mark.dali)])
+def test_no_process_outlives_a_killed_parent(shards, backend):
+    if backend != "portable":
+        pytest.importorskip("nvidia.dali")
     # The script has no `if __name__ == "__main__":` guard: workers must not import it either.
     script = f"""
         import os, sys, threading, time
@@ -192,7 +195,7 @@ def test_no_process_outlives_a_killed_parent(shards):
         from loaders.config import LoaderConfig, VideoConfig
         print("imported", flush=True)
         loader = build_loader(LoaderConfig(shards={str(shards)!r}, global_batch_size=6, num_workers=2,
-                                           backend="portable",
+                                           backend="{backend}",
                                            video=VideoConfig(num_frames=4, short_side=36, crop_size=32)))
         for batch in loader:
             print("batch", flush=True)
