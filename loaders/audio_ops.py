@@ -86,8 +86,9 @@ def _gdt_log_mel(waveform: Tensor, config: AudioConfig) -> Tensor:
 def _apply_filters(filters: Tensor, power: Tensor) -> Tensor:
     """filters (F, B) on power (N, B, S) -> (N, F, S). Sparse: a bin counts in two filters."""
     num_clips, num_bins, num_steps = power.shape
-    columns = power.transpose(0, 1).reshape(num_bins, num_clips * num_steps)
-    mel = torch.sparse.mm(filters.to(power.device), columns)  # (F, N * S)
+    # torch.stft has the bins of a step side by side; the product is more than twice as fast with rows of steps.
+    columns = power.transpose(0, 1).reshape(num_bins, num_clips * num_steps).contiguous()
+    mel = filters.to(power.device) @ columns  # (F, N * S)
     return mel.reshape(-1, num_clips, num_steps).transpose(0, 1)  # (N, F, S)
 
 
@@ -99,7 +100,9 @@ def _hann_window(num_samples: int) -> Tensor:
 @lru_cache(maxsize=8)
 def _sparse_filters(front_end: str, n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
     build = mel_filters if front_end == "log-mel" else gdt_mel_filters
-    return build(n_fft, sample_rate, num_mel_bins).to_sparse().coalesce()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls this layout a beta
+        return build(n_fft, sample_rate, num_mel_bins).to_sparse_csr()
 
 
 def mel_filters(n_fft: int, sample_rate: int, num_mel_bins: int) -> Tensor:
@@ -163,7 +166,8 @@ def time_warp(log_mel: Tensor, center: int, shift: int) -> Tensor:
     low = source.floor().long().clamp_(max=last - 1)
     weight = (source - low).to(log_mel.dtype)
     # Products of small whole numbers: source is exact at `target`, step `center` is moved and not blurred.
-    return log_mel[..., low] * (1 - weight) + log_mel[..., low + 1] * weight
+    earlier, later = log_mel.index_select(-1, low), log_mel.index_select(-1, low + 1)
+    return earlier.mul_(1 - weight).add_(later.mul_(weight))
 
 
 def mask_frequencies(log_mel: Tensor, masks: Iterable[tuple[int, int]], fill: float = 0.0) -> Tensor:
