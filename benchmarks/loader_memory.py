@@ -1,11 +1,12 @@
-"""Does a loader's memory stay flat? Clips go through it by the ten thousand while the memory of its process tree is read.
+"""Does a loader's memory stay flat? Read every 500 clips while 10,000 go through it.
 
-    python benchmarks/loader_memory.py [--shards FOLDER] [--backend portable] [--clips 10000] [--workers N] [--batch 16]
+    python benchmarks/loader_memory.py [--shards FOLDER] [--backend portable] [--clips 10000] [--workers N]
+        [--batch 16] [--every 500] [--output FOLDER] [--note TEXT]
 
-Prints FLAT or GROWS with the slope, and appends a row to results/loader_memory.jsonl. Memory is what this
-process and all its workers keep for themselves, anonymous and shared, shared pages counted once. The first fifth of the clips is warm-up. The slope
-is that of a straight line through the rest; it counts as growth when it is more than `--limit` and more than twice its
-standard error.
+Prints FLAT or GROWS with the slope, appends a row to results/loader_memory.jsonl, and exits with 1 if it grows. Memory
+is what this process and all its workers keep for themselves, anonymous and shared, shared pages counted once. The
+first fifth of the clips is warm-up. The slope is that of a straight line through the rest; it counts as growth when it
+is more than `--limit` and more than three times its standard error.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def trend(clips: Sequence[int], memory: Sequence[int], limit: float = LIMIT) -> 
     slope = float((x * y).sum() / (x * x).sum())
     residuals = y - y.mean() - slope * x
     error = float(np.sqrt((residuals**2).sum() / (len(x) - 2) / (x * x).sum()))
-    return Trend(bytes_per_1000_clips=slope, standard_error=error, grows=slope > limit and slope > 2 * error)
+    return Trend(bytes_per_1000_clips=slope, standard_error=error, grows=slope > limit and slope > 3 * error)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -169,14 +169,17 @@ CONTENDERS: tuple[Contender, ...] = (
         needs_gpu=True,
         does="tars read in threads, VideoDecoder(device='cuda') in as many threads, mel and masks on the GPU",
     ),
-    Contender(
-        name="DALI mixed, default threads",
-        group="library",
-        module="dali_native",
-        options={"shards": "h264", "device": "mixed"},
-        libraries=("nvidia.dali",),
-        needs_gpu=True,
-        does="readers.webdataset, decoders.video(device='mixed'), spectrogram, mel and masks on the GPU",
+    *(
+        Contender(
+            name=f"DALI mixed, {name}",
+            group="library",
+            module="dali_native",
+            options={"shards": "h264", "device": "mixed", **threads},
+            libraries=("nvidia.dali",),
+            needs_gpu=True,
+            does="readers.webdataset, decoders.video(device='mixed'), spectrogram, mel and masks on the GPU",
+        )
+        for name, threads in (("4 threads", {"threads": 4}), ("a thread per core", {}))
     ),
     Contender(
         name="10-s videos, AVID-CMA style",

@@ -48,6 +48,8 @@ class Material:
     mjpeg_shards: list[str]
     num_clips: int
     """Clips in the shards."""
+    first_shard_clips: int
+    """Clips in the first of them."""
     source: str
     """Which videos: `synthetic`, or the folder."""
 
@@ -164,6 +166,7 @@ def prepare(
         vp9_shards=recoded["vp9"],
         mjpeg_shards=recoded["mjpeg"],
         num_clips=manifest.num_clips,
+        first_shard_clips=manifest.shards[0].num_clips,
         source=source,
     )
 

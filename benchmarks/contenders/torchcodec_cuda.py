@@ -4,6 +4,7 @@ A thread reads tars with webdataset, as many threads as there are workers decode
 crop, flip, mel and masks run on the GPU, one clip after the other for the pixels and in one call for the sound.
 """
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def open_stream(workload: Workload) -> Iterator[Batch]:
     dataset = webdataset.WebDataset(workload.shards, resampled=augment, shardshuffle=False)
     if augment:
         dataset = dataset.shuffle(SHUFFLE_BUFFER)
-    samples = iter(dataset)
+    samples = itertools.chain.from_iterable(itertools.repeat(dataset))
 
     def decode(sample: dict):
         video = VideoDecoder(
