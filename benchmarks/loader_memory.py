@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         "loader_memory",
         arguments.backend,
         {
-            "shards": arguments.shards or "synthetic",
+            "shards": Path(arguments.shards).name if arguments.shards else "synthetic",
             "num_workers": arguments.workers,
             "batch_size": arguments.batch,
             "num_clips": num_clips,

@@ -51,7 +51,7 @@ class Material:
     first_shard_clips: int
     """Clips in the first of them."""
     source: str
-    """Which videos: `synthetic`, or the folder."""
+    """Which videos: `synthetic`, `none`, or the name of the folder."""
 
 
 def synthetic_videos(folder: Path, num_videos: int, seconds: float) -> None:
@@ -167,7 +167,7 @@ def prepare(
         mjpeg_shards=recoded["mjpeg"],
         num_clips=manifest.num_clips,
         first_shard_clips=manifest.shards[0].num_clips,
-        source=source,
+        source=Path(videos).name if videos else source,
     )
 
 
