@@ -17,7 +17,8 @@ from loaders.decode import uniform_frame_indices
 from loaders.portable import WorkerLoader
 from loaders.raw_index import VideoIndex, index_videos
 from loaders.raw_video import RawVideoReader
-from loaders.workers import ClipOutputs, finish_frames, finish_waveform
+from loaders.video_ops import flip_frames
+from loaders.workers import ClipOutputs, finish_waveform, jitter_frames
 from shards.schema import BadClip, ClipInfo
 
 
@@ -55,7 +56,9 @@ class RawClips:
         )
         if len(second.waveform) != audio.sample_rate:
             raise BadClip(key, video_id, "sample-count")
-        finish_frames(row["frames"], done)
+        if done.flip:
+            row["frames"].copy_(flip_frames(row["frames"]))
+        jitter_frames(row["frames"], done)
         finish_waveform(torch.from_numpy(second.waveform), audio, done, row["log_mel"])
         return second.info, done
 

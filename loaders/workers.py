@@ -37,7 +37,7 @@ from loaders.decode import (
 from loaders.plan import PADDING
 from loaders.shard_files import OpenShards, ShardFiles
 from loaders.shared_memory import BufferPool
-from loaders.video_ops import color_jitter, flip_frames
+from loaders.video_ops import color_jitter
 from shards.schema import SAMPLES_PER_CLIP, BadClip, ClipInfo
 
 ALIGNMENT = 64  # bytes: arrays of a batch start at a cache line
@@ -185,10 +185,10 @@ class ShardClips:
         else:
             window = (done.crop_top, done.crop_left, video.crop_size, video.crop_size)
             decode_frames(
-                raw.video, self._frame_indices, video.short_side, window=window, out=row["frames"].numpy(),
-                **stored,
+                raw.video, self._frame_indices, video.short_side, window=window, flip=done.flip,
+                out=row["frames"].numpy(), **stored,
             )  # fmt: skip
-            finish_frames(row["frames"], done)
+            jitter_frames(row["frames"], done)
         if self.outputs.sound == "waveform":
             row["waveform"].numpy()[:] = waveform_samples(raw.audio, key=info.key, shard=raw.shard)
         else:
@@ -197,10 +197,8 @@ class ShardClips:
         return info, done
 
 
-def finish_frames(frames: Tensor, augmentation: ClipAugmentation) -> None:
-    """Flip and color jitter of a crop, uint8 (T, H, W, 3), in place."""
-    if augmentation.flip:
-        frames.copy_(flip_frames(frames))
+def jitter_frames(frames: Tensor, augmentation: ClipAugmentation) -> None:
+    """Color jitter of a crop, uint8 (T, H, W, 3), in place."""
     if augmentation.color_order:
         jitter = {name: getattr(augmentation, name) for name in augmentation.color_order}
         frames.copy_(color_jitter(frames, augmentation.color_order, **jitter))

@@ -49,6 +49,13 @@ def test_window_equals_the_cut_of_whole_frames_and_goes_to_out():
     assert np.array_equal(out, decode_frames(video, [0, 9, 10, 31], 144)[:, 5:133, 40:140])
 
 
+@pytest.mark.parametrize("window", [(0, 0, 144, 192), (5, 40, 128, 128), (8, 33, 101, 77), (3, 0, 64, 191)])
+def test_flipped_frames_are_the_mirror_image_to_the_bit(window):
+    video = encode_video(192, 144)
+    plain = decode_frames(video, [0, 31], 144, window=window)
+    assert np.array_equal(decode_frames(video, [0, 31], 144, window=window, flip=True), plain[:, :, ::-1])
+
+
 @pytest.mark.parametrize(
     ("size", "scaled"), [((192, 144), (85, 64)), ((144, 192), (64, 85)), ((144, 144), (64, 64))]
 )
