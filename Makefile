@@ -16,7 +16,7 @@ help:
 	@echo "make demo VIDEOS=FOLDER    the same on your own videos"
 	@echo "make install               only set up .venv"
 	@echo "make test                  run the tests (TESTS='-k queue' picks some)"
-	@echo "make bench                 what a shard costs to make, beside bare ffmpeg"
+	@echo "make bench                 the loaders beside other libraries, and what a shard costs to make (20 minutes)"
 	@echo "make clean                 remove runs/demo* and the virtual environment"
 
 install: $(VENV)/.installed
@@ -27,8 +27,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-tests
 	$(VENV)/bin/python -m pytest $(TESTS)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/make_shards.py
+	$(VENV)/bin/python benchmarks/loader_throughput.py
+	$(VENV)/bin/python benchmarks/loader_memory.py
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -42,6 +44,10 @@ $(VENV)/.installed: $(VENV)/.created setup.py constraints.txt
 
 $(VENV)/.installed-tests: $(VENV)/.installed
 	$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) -c constraints.txt -e '.[bench]'
 	@touch $@
 
 clean:

@@ -194,6 +194,7 @@ def claims(entries: Sequence[Entry]) -> list[Ratio]:
     add("the same, per core", ours, spdl, None, "CPU")
     add("of the ceiling", ours, ceiling, 0.70)
     add("the same, per core", ours, ceiling, None, "CPU")
+    add("of bare decoding with SPDL", ours, by_name.get("decode only: SPDL threads"), 0.70)
     add("raw beside the 10-second loader", raw, fixed, None)
     scaling = sorted((e for e in timed if e.contender.group == "scaling"), key=lambda e: e.contender.cores)
     targets = {2: 1.85, 16: 12.0}

@@ -225,6 +225,10 @@ CONTENDERS: tuple[Contender, ...] = (
             ("read", "members read from the tars and checked, in worker processes, nothing handed over"),
             ("decode", "+ frames decoded and cut, in worker processes"),
             ("transforms", "+ flip, log-mel, time warp, masks, in worker processes"),
+            (
+                "workers for a GPU",
+                "dali-cpu-decode's part for a GPU: YUV windows and samples, handed over",
+            ),
             ("copy to device", "the portable loader, batches copied to the GPU"),
             ("step on one batch", "the training step on a synthetic batch: what it could take"),
             ("loader and step", "the portable loader with the training step behind it"),

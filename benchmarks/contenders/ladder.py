@@ -24,6 +24,7 @@ from benchmarks.contenders.base import (
     Workload,
     counted_in_processes,
 )
+from benchmarks.contenders.ours import loader_config
 from benchmarks.contenders.ours import open_stream as open_ours
 from loaders import build_loader
 from loaders.batch import ClipBatch
@@ -37,6 +38,8 @@ def open_stream(workload: Workload) -> Iterator[Batch]:
         return _synthetic(workload)
     if rung == "copy to device":
         return open_ours(replace(workload, options={"backend": "portable"}))
+    if rung == "workers for a GPU":
+        return _for_gpu(workload)
     if rung == "step on one batch":
         return _steps(workload, one_batch=True)
     if rung == "loader and step":
@@ -86,18 +89,38 @@ def _transform(raw: RawClip, frames: np.ndarray, log_mel: torch.Tensor) -> None:
     from loaders.augment import draw_augmentation, scaled_size
     from loaders.config import VideoConfig
     from loaders.decode import decode_frames, decode_waveform
-    from loaders.video_ops import flip_frames
 
     info, video = raw.info, VideoConfig()
     width, height = scaled_size(info.frame_width, info.frame_height, SHORT_SIDE)
     drawn = draw_augmentation(video, AUDIO, 0, 0, info.key, height, width, AUDIO.num_steps())
     window = (drawn.crop_top, drawn.crop_left, CROP, CROP)
-    decode_frames(raw.video, range(NUM_FRAMES), SHORT_SIDE, window=window, out=frames, key=info.key)
-    if drawn.flip:
-        pixels = torch.from_numpy(frames)
-        pixels.copy_(flip_frames(pixels))
+    decode_frames(
+        raw.video, range(NUM_FRAMES), SHORT_SIDE, window=window, flip=drawn.flip, out=frames, key=info.key
+    )
     waveform = torch.from_numpy(decode_waveform(raw.audio, key=info.key))
     log_mel.copy_(augment_log_mel(log_mel_spectrogram(waveform, AUDIO), drawn))
+
+
+def _for_gpu(workload: Workload) -> Iterator[Batch]:
+    """Filled requests, as they would be copied to the GPU."""
+    from loaders.portable import PortableLoader, open_shard_table
+    from loaders.workers import ClipDataset, ClipOutputs, ClipWorkers, ShardClips
+
+    config = loader_config(workload, "portable")
+    files, _ = open_shard_table(config)
+    outputs = ClipOutputs(video=config.video, audio=config.audio, pixels="yuv", sound="waveform")
+    workers = ClipWorkers(
+        ClipDataset(ShardClips(files, outputs, config.seed)),
+        PortableLoader(config).requests(),
+        num_workers=config.num_workers,
+        prefetch_batches=config.prefetch_batches,
+        num_clips=workload.batch_size,
+        num_parts=1,
+    )
+    while True:
+        (part,) = workers.take().parts
+        num_bad = len(part.bad)
+        yield Batch(num_clips=workload.batch_size - num_bad, num_bad=num_bad)
 
 
 def _synthetic(workload: Workload) -> Iterator[Batch]:
