@@ -9,7 +9,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
+from loaders.batch import ClipBatch
 from shards.manifest import Manifest, write_manifest
 from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE, ClipInfo, clip_key, video_hash, video_number
 from shards.writer import ShardWriter
@@ -128,3 +130,25 @@ def clip_info(video_id: str, slot: int, width: int, height: int, video: bytes, a
         video_crc32=zlib.crc32(video),
         audio_crc32=zlib.crc32(audio),
     )
+
+
+def assert_equal(a: ClipBatch, b: ClipBatch) -> None:
+    a, b = a.to("cpu", non_blocking=False), b.to("cpu", non_blocking=False)
+    for name in ("frames", "log_mel", "video_ids", "valid"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    for name in ("keys", "clips", "augmentations", "bad", "epoch", "step"):
+        assert getattr(a, name) == getattr(b, name), name
+    assert (a.second is None) == (b.second is None)
+    if a.second is not None:
+        assert_equal(a.second, b.second)
+
+
+def take(loader, count: int) -> list[ClipBatch]:
+    """count batches, over the ends of epochs."""
+    batches = []
+    while len(batches) < count:
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == count:
+                break
+    return batches

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from loaders_media import write_shards
+from loaders_media import assert_equal, take, write_shards
 
 from loaders import Loader, build_loader
 from loaders.audio_ops import augment_log_mel, log_mel_spectrogram
 from loaders.augment import draw_augmentation
 from loaders.base import TooManyBadClips
-from loaders.batch import BadClipRecord, ClipBatch
+from loaders.batch import BadClipRecord
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.decode import decode_frames, decode_waveform, uniform_frame_indices
 from loaders.video_ops import color_jitter, crop_frames, flip_frames
@@ -69,28 +69,6 @@ def config(folder: Path, **changes) -> LoaderConfig:
         "video": SMALL,
     }
     return LoaderConfig(**{**fields, **changes})
-
-
-def assert_equal(a: ClipBatch, b: ClipBatch) -> None:
-    a, b = a.to("cpu", non_blocking=False), b.to("cpu", non_blocking=False)
-    for name in ("frames", "log_mel", "video_ids", "valid"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for name in ("keys", "clips", "augmentations", "bad", "epoch", "step"):
-        assert getattr(a, name) == getattr(b, name), name
-    assert (a.second is None) == (b.second is None)
-    if a.second is not None:
-        assert_equal(a.second, b.second)
-
-
-def take(loader, count: int) -> list[ClipBatch]:
-    """count batches, over the ends of epochs."""
-    batches = []
-    while len(batches) < count:
-        for batch in loader:
-            batches.append(batch)
-            if len(batches) == count:
-                break
-    return batches
 
 
 def test_batch_has_the_promised_shapes_types_and_layout(build, shards):

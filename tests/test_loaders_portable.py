@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loaders_media import encode_audio, encode_video, tone, write_shards
+from loaders_media import assert_equal, encode_audio, encode_video, take, tone, write_shards
 
 from loaders import build_loader
 from loaders.base import TooManyBadClips
@@ -42,27 +42,6 @@ def config(folder: Path, **changes) -> LoaderConfig:
         **changes,
     }
     return LoaderConfig(**fields)
-
-
-def assert_equal(a: ClipBatch, b: ClipBatch) -> None:
-    for name in ("frames", "log_mel", "video_ids", "valid"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for name in ("keys", "clips", "augmentations", "bad", "epoch", "step"):
-        assert getattr(a, name) == getattr(b, name), name
-    assert (a.second is None) == (b.second is None)
-    if a.second is not None:
-        assert_equal(a.second, b.second)
-
-
-def take(loader, count: int) -> list[ClipBatch]:
-    """count batches, over the ends of epochs."""
-    batches = []
-    while len(batches) < count:
-        for batch in loader:
-            batches.append(batch)
-            if len(batches) == count:
-                break
-    return batches
 
 
 def test_missing_cut_and_too_few_shards_are_refused_at_once(shards, tmp_path):

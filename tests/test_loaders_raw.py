@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loaders_contract import assert_equal, take
+from loaders_media import assert_equal, take
 
 from loaders import build_loader
 from loaders.audio_ops import augment_log_mel, log_mel_spectrogram
