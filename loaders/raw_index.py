@@ -10,12 +10,9 @@ import logging
 import math
 import os
 import struct
-import sys
 import time
-import types
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ import av.logging
 
 from shards.ffmpeg import FORMATS, PROTOCOLS
 from shards.manifest import write_atomically
-from shards.pool import Lost, run_jobs, usable_cores
+from shards.pool import Lost, run_jobs, usable_cores, without_main_module
 from shards.schema import CLIP_SECONDS, FPS
 from shards.slicing import HALF_FRAME_SECONDS, TIME_SLACK_SECONDS, Unusable, probe_video
 from shards.sources import SourceVideo, videos_of_folder, videos_of_kinetics, videos_of_list
@@ -273,7 +270,7 @@ def _scan_all(
         source = next(remaining, None)
         return None if source is None else (source.video_id, source.path)
 
-    with _without_main_module():
+    with without_main_module():
         for (video_id, _), outcome in run_jobs(_scan_job, next_job, workers, timeout_seconds):
             yield by_id[video_id], {"reason": outcome.reason} if isinstance(outcome, Lost) else outcome
 
@@ -412,14 +409,3 @@ def read_packets(container: av.container.InputContainer, *streams: av.stream.Str
             return
         if packet.size:
             yield packet
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Processes started inside do not import the program's main module, which they do not need."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

@@ -9,9 +9,7 @@ straight into memory of the training process that the request named.
 import math
 import multiprocessing
 import os
-import sys
 import threading
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +36,7 @@ from loaders.plan import PADDING
 from loaders.shard_files import OpenShards, ShardFiles
 from loaders.shared_memory import BufferPool
 from loaders.video_ops import color_jitter
+from shards.pool import without_main_module
 from shards.schema import SAMPLES_PER_CLIP, BadClip, ClipInfo
 
 ALIGNMENT = 64  # bytes: arrays of a batch start at a cache line
@@ -324,7 +323,7 @@ class ClipWorkers:
             }
         sampler = _RequestSampler(requests, self._pool)
         loader = DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=_as_is, **workers)
-        with _without_main_module():
+        with without_main_module():
             self._filled: Iterator[FilledRequest] | None = iter(loader)
         self._processes: Sequence[Any] = list(getattr(self._filled, "_workers", []))
 
@@ -417,20 +416,6 @@ def _worker_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["loaders.workers"])
     return context
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Processes started inside do not import the program's main module, which they do not need.
-
-    They start faster and smaller, and a script without an `if __name__ == "__main__":` guard works.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _start_worker(worker: int) -> None:

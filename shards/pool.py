@@ -9,7 +9,9 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -155,6 +157,20 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
             connection.send(answer)
         except OSError:
             return
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Processes started inside do not import the program's main module, which they do not need.
+
+    They start faster and smaller, and a script without an `if __name__ == "__main__":` guard works.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def usable_cores() -> int:
