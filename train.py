@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -60,10 +60,16 @@ def main() -> None:
         if world_size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         loader_config = resolve_backend(
-            config.loader, rank, world_size, device, _say, previous_backend(config.run_dir)
+            config.loader,
+            rank,
+            world_size,
+            device,
+            _say,
+            previous_backend(config.run_dir) if config.loader.backend == "auto" else None,
         )
         config = dataclasses.replace(config, loader=loader_config)
         loader = build_loader(config.loader, rank, world_size, device=device)
+        check_ranks_agree(loader.state_dict(), world_size)
         training = start(config, loader, device)
     except (ValueError, OSError, ImportError) as error:
         _fail(f"train.py: {error}")
@@ -90,6 +96,22 @@ def previous_backend(run_dir: str) -> str | None:
             f"{Path(run_dir) / 'config.json'} is not the configuration of a run ({error}); remove it, or choose "
             f"another run_dir"
         ) from error
+
+
+def check_ranks_agree(state: dict[str, Any], world_size: int) -> None:
+    """Raises ValueError unless the loaders of all ranks read the same clips in the same order."""
+    if world_size == 1:
+        return
+    states: list[Any] = [None] * world_size
+    dist.all_gather_object(states, state)
+    for rank, other in enumerate(states):
+        differences = [name for name in states[0] if other.get(name) != states[0][name]]
+        if differences:
+            name = differences[0]
+            raise ValueError(
+                f"rank {rank} reads other clips than rank 0: its loader has {name} {other.get(name)!r}, expected "
+                f"{states[0][name]!r}; give all ranks the same shards"
+            )
 
 
 def choose_device(config: RunConfig) -> torch.device:

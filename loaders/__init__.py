@@ -44,6 +44,7 @@ def build_loader(
     world_size: int = 1,
     *,
     device: "torch.device | str" = "cpu",
+    frames_dtype: "torch.dtype | None" = None,
 ) -> Loader:
     """The loader that config.backend names; for `auto` the fastest of a short trial.
 
@@ -54,6 +55,8 @@ def build_loader(
             call `probe.resolve_backend` first, so that all ranks choose alike.
         device: where the batches will be used. The `dali` backends hand them out there; the others in memory of
             the CPU, page-locked if this is a GPU, for copies that do not wait.
+        frames_dtype: None: uint8. A float type, for the `dali` backends on a GPU: frames that are normalized by
+            the kernel that finishes them.
 
     Raises:
         ValueError: the shards or the configuration do not allow it; the message says what to change.
@@ -66,6 +69,16 @@ def build_loader(
         from loaders.probe import resolve_backend
 
         config = resolve_backend(config, rank, 1, device, log.info)
+    if config.backend == "dali-gpu" and device.type != "cuda":
+        raise ValueError(
+            f"loader.backend is 'dali-gpu' and the device is {device.type}, expected cuda; use dali-cpu-decode or "
+            f"portable"
+        )
+    frames_dtype = frames_dtype or torch.uint8
+    if frames_dtype != torch.uint8 and not (config.backend.startswith("dali") and device.type == "cuda"):
+        raise ValueError(
+            f"frames_dtype is {frames_dtype}, expected uint8 with backend {config.backend} on {device.type}"
+        )
     if config.backend == "raw":
         from loaders.raw import RawLoader
 
@@ -73,11 +86,11 @@ def build_loader(
     if config.backend == "dali-cpu-decode":
         from loaders.dali_cpu_decode import DaliCpuDecodeLoader
 
-        return DaliCpuDecodeLoader(config, rank, world_size, device=device)
+        return DaliCpuDecodeLoader(config, rank, world_size, device=device, frames_dtype=frames_dtype)
     if config.backend == "dali-gpu":
         from loaders.dali_gpu import DaliGpuLoader
 
-        return DaliGpuLoader(config, rank, world_size, device=device)
+        return DaliGpuLoader(config, rank, world_size, device=device, frames_dtype=frames_dtype)
     from loaders.portable import PortableLoader
 
     return PortableLoader(config, rank, world_size, pin_memory=device.type == "cuda")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shards.schema import ClipInfo
 
 WORDS_PER_BLOCK = 8
+LONGEST_SIDE = 4096  # pixels, of a scaled frame: what a damaged key.json says must not be allocated
 COLOR_OPERATIONS = ("brightness", "contrast", "saturation")
 
 

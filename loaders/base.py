@@ -12,7 +12,9 @@ import numpy as np
 from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig
 from loaders.plan import EpochPlan, check_world, count_batches, slots_of_epoch
+from loaders.shard_files import ShardFiles, open_shards
 from loaders.shared_memory import SharedBuffer
+from shards.manifest import read_manifest
 
 MIN_CLIPS_FOR_BUDGET = 100  # max_bad_fraction is not judged on fewer
 STATE_VERSION = 2
@@ -139,7 +141,6 @@ class PositionedLoader(ABC):
         Raises:
             TooManyBadClips: more than max_bad_fraction of the clips seen were bad.
             RuntimeError: a worker process died.
-            ValueError: a shard cannot be read any more.
         """
         epoch = self.epoch
         while self.epoch == epoch and self._next_batch < len(self):
@@ -215,3 +216,26 @@ class PositionedLoader(ABC):
                 f"(loader.max_bad_fraction); most are in {shards}; run tools/check_shards.py on "
                 f"{self.table.folder}"
             )
+
+
+def open_shard_table(config: LoaderConfig) -> tuple[ShardFiles, ClipTable]:
+    """The shards of a configuration, checked, and which clips they hold.
+
+    Raises:
+        ValueError: no manifest, or too many shards are missing or damaged.
+    """
+    manifest = read_manifest(config.shards)
+    files = open_shards(
+        config.shards,
+        manifest,
+        config.verify_shards,
+        clips_per_video=config.clips_per_video,
+        max_bad_shard_fraction=config.max_bad_shard_fraction,
+    )
+    table = ClipTable(
+        folder=config.shards,
+        num_slots=manifest.num_slots,
+        clips_per_shard=files.clips_per_shard,
+        identity={"manifest": manifest.digest, **files.state()},
+    )
+    return files, table

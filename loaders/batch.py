@@ -34,7 +34,8 @@ class ClipBatch:
     """
 
     frames: Tensor
-    """uint8 (N, 3, T, H, W), RGB; a view of contiguous (N, T, H, W, 3): torch's channels_last_3d."""
+    """uint8 (N, 3, T, H, W), RGB; a view of contiguous (N, T, H, W, 3): torch's channels_last_3d. Normalized
+    floats where `build_loader` was asked for them."""
     log_mel: Tensor
     """float32 (N, 1, F, S): normalized and augmented."""
     keys: tuple[str, ...]

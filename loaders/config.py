@@ -191,7 +191,8 @@ class LoaderConfig:
     global_batch_size: int = 128
     """Clips per step over all ranks; each rank gets its equal part."""
     num_workers: int = 4
-    """Worker processes per rank that decode clips. 0: decode in the training process."""
+    """Worker processes per rank that decode clips; with `dali-gpu` threads that read them. 0: decode in the
+    training process, for debugging."""
     prefetch_batches: int = 8
     """Batches per rank made ready ahead of the consumer, rounded up to a multiple of num_workers."""
     seed: int = 0
@@ -217,7 +218,8 @@ class LoaderConfig:
     from the original videos as they are read. `auto`: the fastest of those installed, found by a short trial on
     these shards."""
     dali_threads: int = 16
-    """DALI's CPU threads per rank; with `dali-gpu` also the number of hardware decoding sessions."""
+    """DALI's CPU threads per rank (with `dali-cpu-decode` on a CPU it has one: the workers need the cores); with
+    `dali-gpu` also the number of hardware decoding sessions."""
     probe_seconds: float = 3.0
     """With backend `auto`: seconds that each candidate is timed for."""
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -227,6 +229,9 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         _check("loader.shards", self.shards, bool(self.shards), "the folder that make_shards wrote")
+        for name in ("video_list", "video_csv"):
+            value = getattr(self, name)
+            _check(f"loader.{name}", value, not value or self.backend == "raw", "empty but for backend raw")
         _check("loader.global_batch_size", self.global_batch_size, self.global_batch_size >= 1, "at least 1")
         _check("loader.num_workers", self.num_workers, self.num_workers >= 0, "at least 0")
         _check("loader.prefetch_batches", self.prefetch_batches, self.prefetch_batches >= 1, "at least 1")

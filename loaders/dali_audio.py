@@ -203,7 +203,10 @@ class DaliAudio:
         log_mel = torch.empty(
             num_clips, config.num_mel_bins, config.num_steps(), dtype=torch.float32, device=self.device
         )
-        return feed_ndarray(outputs.as_tensor(), log_mel, cuda_stream=stream).unsqueeze(1)
+        feed_ndarray(outputs.as_tensor(), log_mel, cuda_stream=stream)
+        if stream is not None:
+            stream.synchronize()  # from here on DALI may write to its buffers again
+        return log_mel.unsqueeze(1)
 
 
 def _num_regions(config: AudioConfig) -> int:

@@ -11,14 +11,14 @@ portable loader decode; what is left of each clip is done in batches, in a threa
 import torch
 from torch import Tensor
 
+from loaders.base import open_shard_table
 from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig
 from loaders.dali_audio import DaliAudio, check_audio_config
 from loaders.device import DeviceBatch, Uploader
 from loaders.kernels.frames import finish_frames
-from loaders.portable import WorkerLoader, open_shard_table
 from loaders.video_ops import frame_parameters
-from loaders.workers import ClipOutputs, FilledPart, FilledRequest, ShardClips, assemble_batch
+from loaders.workers import ClipOutputs, FilledPart, FilledRequest, ShardClips, WorkerLoader, assemble_batch
 
 
 class DaliCpuDecodeLoader(WorkerLoader):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.augment import ClipAugmentation, draw_augmentation, scaled_size
+from loaders.augment import LONGEST_SIDE, ClipAugmentation, draw_augmentation, scaled_size
 from loaders.background import Background
-from loaders.base import BatchRequest, PositionedLoader
+from loaders.base import BatchRequest, PositionedLoader, open_shard_table
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig
 from loaders.dali_audio import check_audio_config
@@ -27,7 +27,6 @@ from loaders.device import DeviceBatch
 from loaders.kernels.frames import DTYPES, finish_frames
 from loaders.mp4 import read_video_track
 from loaders.plan import PADDING
-from loaders.portable import open_shard_table
 from loaders.shard_files import OpenShards
 from loaders.video_ops import frame_parameters, mean_grey
 from loaders.workers import FilledPart, assemble_batch
@@ -35,8 +34,6 @@ from shards.reader import RawClip
 from shards.schema import FRAMES_PER_CLIP, SHORT_SIDE, BadClip
 
 NUM_READY = 2  # finished batches on the device
-LONGEST_SIDE = 4096  # pixels, of a scaled frame
-NAL_SLICE, NAL_IDR_SLICE = 1, 5  # H.264 NAL unit types: a slice of a picture, of one that starts anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +92,9 @@ class ReadClips:
 def check_coded_frames(raw: RawClip) -> None:
     """Raises BadClip unless key.mp4 holds 32 coded frames, as far as that can be seen without decoding.
 
-    All lie inside the file; each is a row of whole NAL units with a slice of a picture among them; the first
-    starts a group of pictures. DALI believes the sample table: where the hardware decoder makes nothing of a
-    sample, the frame is whatever was in memory. Reasons: `frame-count`; `decode-error` for a file that is
-    damaged or not of the form that make_shards writes.
+    DALI believes the sample table: where the hardware decoder makes nothing of a sample, the frame is whatever
+    was in memory. Reasons: `frame-count`; `decode-error` for a file that is damaged or not of the form that
+    make_shards writes (`mp4.read_video_track`).
     """
     try:
         track = read_video_track(raw.video)
@@ -106,25 +102,6 @@ def check_coded_frames(raw: RawClip) -> None:
         raise BadClip(raw.info.key, raw.shard, "decode-error") from error
     if len(track.samples) != FRAMES_PER_CLIP:
         raise BadClip(raw.info.key, raw.shard, "frame-count")
-    if len(track.extradata) < 5:
-        raise BadClip(raw.info.key, raw.shard, "decode-error")
-    length_bytes = 1 + track.extradata[4] % 4
-    for number, (start, end) in enumerate(track.samples):
-        slices = _slice_types(raw.video, start, end, length_bytes)
-        if not slices or (number == 0 and slices != {NAL_IDR_SLICE}):
-            raise BadClip(raw.info.key, raw.shard, "decode-error")
-
-
-def _slice_types(video: bytes, start: int, end: int, length_bytes: int) -> set[int]:
-    """NAL unit types of the slices of a coded frame; empty unless whole units fill video[start:end]."""
-    found = set()
-    while start < end:
-        first = start + length_bytes
-        start = first + int.from_bytes(video[start:first], "big")
-        if not first < start <= end:
-            return set()
-        found.add(video[first] & 31)
-    return found & {NAL_SLICE, NAL_IDR_SLICE}
 
 
 class DaliGpuLoader(PositionedLoader):
@@ -242,7 +219,6 @@ class DaliGpuLoader(PositionedLoader):
         """Raises BadClip where it is known before decoding."""
         width, height = raw.info.frame_width, raw.info.frame_height
         fits = min(width, height) >= 1 and (is_scaled(self.config.video) or min(width, height) == SHORT_SIDE)
-        # What a damaged key.json says must not be allocated.
         if not fits or max(scaled_size(width, height, self.config.video.short_side)) > LONGEST_SIDE:
             raise BadClip(raw.info.key, raw.shard, "frame-size")
         if self._stream is not None:

@@ -59,7 +59,7 @@ class DecodedClips:
     """Row -> why the clip is bad: `decode-error`, `frame-count`, `frame-size`. Its rows above hold anything."""
 
 
-def frame_parameters(augmentations: Sequence[ClipAugmentation], config: VideoConfig) -> dict[str, np.ndarray]:
+def graph_parameters(augmentations: Sequence[ClipAugmentation], config: VideoConfig) -> dict[str, np.ndarray]:
     """What `frames_graph` is to do to each of N clips, by the name of the graph's input.
 
     Returns:
@@ -84,7 +84,7 @@ def is_scaled(config: VideoConfig) -> bool:
 def frames_graph(videos: Any, config: VideoConfig, device: str) -> tuple[Any, Any]:
     """Inside a DALI pipeline: the crops of a batch of encoded videos.
 
-    Declares external sources with the names of `frame_parameters`, to be fed in each iteration.
+    Declares external sources with the names of `graph_parameters`, to be fed in each iteration.
 
     Args:
         videos: DataNode, uint8, contents of key.mp4.
@@ -287,7 +287,7 @@ def _feed_inputs(pipeline: Any, config: LoaderConfig, clips: EncodedClips) -> No
     pipeline.feed_input("videos", [np.frombuffer(video, np.uint8) for video in clips.videos])
     pipeline.feed_input("waveforms", np.stack(clips.waveforms))
     parameters = {
-        **frame_parameters(clips.augmentations, config.video),
+        **graph_parameters(clips.augmentations, config.video),
         **audio_parameters(clips.augmentations, config.audio),
     }
     for name, values in parameters.items():

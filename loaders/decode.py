@@ -76,7 +76,7 @@ def decode_frames(
     """
     target, copier = None, None
     for row, frame in _chosen_frames(video, frame_indices, stored_size, key, shard):
-        frame = _scaled_yuv(frame, short_side)
+        frame = _scaled_yuv(frame, short_side, key, shard)
         if target is None:
             window = window or (0, 0, frame.height, frame.width)
             top, left, height, width = window
@@ -193,7 +193,7 @@ def decode_yuv_windows(
     chroma = out[:, window * window :].reshape(-1, 2, window // 2, window // 2)
     copier = None
     for row, frame in _chosen_frames(video, frame_indices, stored_size, key, shard):
-        frame = _scaled_yuv(frame, short_side)
+        frame = _scaled_yuv(frame, short_side, key, shard)
         if copier is None:
             assert 0 <= top <= frame.height - crop_size and 0 <= left <= frame.width - crop_size, (top, left)
             copier = _PlaneCopier(frame, top, left, (luma, chroma[:, 0], chroma[:, 1]))
@@ -201,14 +201,17 @@ def decode_yuv_windows(
     return out
 
 
-def _scaled_yuv(frame: av.VideoFrame, short_side: int) -> av.VideoFrame:
+def _scaled_yuv(frame: av.VideoFrame, short_side: int, key: str, shard: str) -> av.VideoFrame:
     """frame as 8-bit 4:2:0, scaled to short_side; itself if it is that already."""
     width, height = scaled_size(frame.width, frame.height, short_side)
     if (frame.width, frame.height, frame.format.name) == (width, height, "yuv420p"):
         return frame
     if not hasattr(_per_thread, "scaler"):
         _per_thread.scaler = VideoReformatter()
-    return _per_thread.scaler.reformat(frame, width, height, "yuv420p", **_TO_YUV, **_ONE_THREAD)
+    try:
+        return _per_thread.scaler.reformat(frame, width, height, "yuv420p", **_TO_YUV, **_ONE_THREAD)
+    except (av.error.FFmpegError, MemoryError) as error:
+        raise BadClip(key, shard, "decode-error") from error
 
 
 class _PlaneCopier:

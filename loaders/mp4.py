@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _CONTAINERS = frozenset((b"moov", b"trak", b"mdia", b"minf", b"stbl"))
+MAX_SAMPLES = 1000
+NAL_SLICE, NAL_IDR_SLICE = 1, 5  # H.264 NAL unit types: a slice of a picture, of one that starts anew
+NAL_PARAMETERS = frozenset((7, 8, 13, 15))  # sequence and picture parameter sets
 _VISUAL_ENTRY_BYTES = 78  # a VisualSampleEntry's own fields, before its boxes (ISO/IEC 14496-12, 12.1.3)
 
 
@@ -24,7 +27,9 @@ class VideoTrack:
 
 
 def read_video_track(video: bytes) -> VideoTrack:
-    """Sample table of an mp4 file's H.264 track.
+    """Sample table of an mp4 file's H.264 track: every sample a picture, whole NAL units and no parameter sets.
+
+    A file with more than MAX_SAMPLES samples has that many here: it is no clip, and is not worth the memory.
 
     Raises:
         ValueError: the file is damaged, or not of the form that shards hold.
@@ -41,8 +46,11 @@ def read_video_track(video: bytes) -> VideoTrack:
             raise ValueError("an edit list that leaves out or repeats frames")
         extradata = _avc_configuration(video, *boxes[b"stsd"])
         sizes = _sample_sizes(video, *boxes[b"stsz"])
+        if len(sizes) > MAX_SAMPLES:
+            return VideoTrack(extradata, ((0, 0),) * MAX_SAMPLES)
         samples = _sample_ranges(video, boxes, sizes)
         _check_durations(video, *boxes[b"stts"], num_samples=len(sizes))
+        _check_units(video, extradata, samples)
     except KeyError as error:
         raise ValueError(f"no {error} box") from error
     except struct.error as error:
@@ -103,7 +111,7 @@ def _sample_sizes(data: bytes, start: int, end: int) -> tuple[int, ...]:
         return _table(data, start, end, 8, 1)
     if size * count > len(data):
         raise ValueError(f"{count} samples of {size} bytes in a file of {len(data)}")
-    return (size,) * count
+    return (size,) * min(count, MAX_SAMPLES + 1)
 
 
 def _sample_ranges(
@@ -134,3 +142,23 @@ def _check_durations(data: bytes, start: int, end: int, num_samples: int) -> Non
     table = _table(data, start, end, 4, 2)  # (samples, duration) per run
     if sum(table[0::2]) != num_samples or 0 in table[1::2]:
         raise ValueError(f"durations of {sum(table[0::2])} samples, expected {num_samples}, none 0")
+
+
+def _check_units(data: bytes, extradata: bytes, samples: tuple[tuple[int, int], ...]) -> None:
+    """ValueError unless each sample is a row of whole NAL units with a slice among them, the first one that of a
+    picture which needs no other. Parameter sets belong into avcC: in a sample they would stay in a decoder that is
+    kept, and spoil the clips after this one."""
+    if len(extradata) < 5:
+        raise ValueError(f"avcC of {len(extradata)} bytes")
+    length_bytes = 1 + extradata[4] % 4
+    for number, (start, end) in enumerate(samples):
+        kinds = set()
+        while start < end:
+            first = start + length_bytes
+            start = first + int.from_bytes(data[start:first], "big")
+            if not first < start <= end:
+                raise ValueError(f"sample {number} does not end with a NAL unit")
+            kinds.add(data[first] & 31)
+        slices = kinds & {NAL_SLICE, NAL_IDR_SLICE}
+        if not slices or kinds & NAL_PARAMETERS or (number == 0 and slices != {NAL_IDR_SLICE}):
+            raise ValueError(f"sample {number} has NAL units of types {sorted(kinds)}")

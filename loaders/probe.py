@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 CANDIDATES: tuple[Backend, ...] = ("dali-gpu", "dali-cpu-decode", "portable")
 """What `auto` chooses among; at equal speed the last is taken, which needs the least."""
 NUM_ROUNDS = 3
+SLACK_BATCHES = (
+    5  # at most so many are ready beyond what workers have, in the thread that finishes them and in DALI
+)
 CLEAR_GAIN = 1.05  # a candidate before the last must be this much faster to be taken
 
 
@@ -139,37 +142,64 @@ def resolve_backend(
     """
     if config.backend != "auto":
         return config
-    if previous in CANDIDATES and not why_unavailable(previous, config, device):
+    # Every rank comes to every gather, whatever it knows and finds: else some would wait for the others for ever.
+    unavailable = {backend: why_unavailable(backend, config, device) for backend in CANDIDATES}
+    known = _gather((previous, unavailable), world_size)
+    previous = known[0][0]
+    reasons = {
+        backend: next((of_rank[backend] for _, of_rank in known if of_rank[backend]), "")
+        for backend in CANDIDATES
+    }
+    able = [backend for backend in CANDIDATES if not reasons[backend]]
+    if previous in able:
         chosen, lines = previous, [f"loader backend: {previous}, as before in this run"]
+    elif len(able) == 1:
+        chosen = able[0]
+        others = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items() if reason)
+        lines = [f"loader backend: {chosen}, the only one that can run here ({others})"]
     else:
-        unavailable = {backend: why_unavailable(backend, config, device) for backend in CANDIDATES}
-        able = [backend for backend, reason in unavailable.items() if not reason]
-        if len(able) == 1:
-            chosen = able[0]
-            others = "; ".join(f"{backend}: {reason}" for backend, reason in unavailable.items() if reason)
-            lines = [f"loader backend: {chosen}, the only one that can run here ({others})"]
-        else:
-            trials = _over_ranks(try_backends(config, rank, world_size, device), world_size)
-            chosen = choose_backend(trials)
-            lines = [
-                f"loader backend: {chosen}, the fastest of a trial of {config.probe_seconds:g} s each on these "
-                f"shards (--loader.backend {chosen} skips it)",
-                *(f"  {trial}" for trial in trials),
-            ]
+        trials = _try_together(config, rank, world_size, device, able)
+        chosen = choose_backend(trials)
+        lines = [
+            f"loader backend: {chosen}, the fastest of a trial of {config.probe_seconds:g} s each on these "
+            f"shards (--loader.backend {chosen} skips it)",
+            *(f"  {trial}" for trial in trials),
+            *(f"  {backend}: {reason}" for backend, reason in reasons.items() if reason),
+        ]
     if rank == 0:
         for line in lines:
             say(line)
     return replace(config, backend=chosen)
 
 
-def _over_ranks(trials: list[Trial], world_size: int) -> list[Trial]:
-    """Each candidate's speed over all ranks; it must have run on every one."""
+def _gather(value: Any, world_size: int) -> list[Any]:
+    """value of every rank."""
     if world_size == 1:
-        return trials
-    by_rank: list[list[Trial]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(by_rank, trials)
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _try_together(
+    config: LoaderConfig,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    candidates: Sequence[Backend],
+) -> list[Trial]:
+    """Each candidate's speed over all ranks; it must have run on every one."""
+    trials, error = [], ""
+    try:
+        trials = try_backends(config, rank, world_size, device, candidates)
+    except ValueError as problem:
+        error = str(problem)
+    by_rank = _gather((trials, error), world_size)
+    for number, (_, problem) in enumerate(by_rank):
+        if problem:
+            raise ValueError(problem if number == rank else f"rank {number}: {problem}")
     together = []
-    for of_ranks in zip(*by_rank, strict=True):
+    for of_ranks in zip(*(trials for trials, _ in by_rank), strict=True):
         failed = [trial for trial in of_ranks if trial.clips_per_second is None]
         if failed:
             together.append(failed[0])
@@ -209,11 +239,10 @@ class _Contestant:
             return
         with self._catch():
             # What was made ready between the turns must not count.
-            warm_until = time.perf_counter() + max(seconds, 0.5)
-            for _ in range(self._config.prefetch_batches + 2):
+            num_workers = max(1, self._config.num_workers)
+            num_ready = -(-self._config.prefetch_batches // num_workers) * num_workers + SLACK_BATCHES
+            for _ in range(num_ready):
                 next(self._batches)
-                if time.perf_counter() > warm_until:
-                    break
             self._wait()
             num_clips, start = 0, time.perf_counter()
             while num_clips == 0 or time.perf_counter() - start < seconds:

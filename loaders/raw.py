@@ -14,12 +14,11 @@ from loaders.augment import ClipAugmentation, draw_augmentation, scaled_size
 from loaders.base import ClipTable
 from loaders.config import LoaderConfig
 from loaders.decode import uniform_frame_indices
-from loaders.portable import WorkerLoader
 from loaders.raw_index import VideoIndex, index_videos
 from loaders.raw_video import RawVideoReader
 from loaders.video_ops import flip_frames
-from loaders.workers import ClipOutputs, finish_waveform, jitter_frames
-from shards.schema import BadClip, ClipInfo
+from loaders.workers import ClipOutputs, WorkerLoader, finish_waveform, jitter_frames
+from shards.schema import SAMPLE_RATE, ClipInfo
 
 
 class RawClips:
@@ -42,7 +41,7 @@ class RawClips:
     ) -> tuple[ClipInfo, ClipAugmentation]:
         """Cuts, decodes and prepares a clip; see ClipMaker."""
         reader, slot, video, audio = self._reader, slots[part], self.outputs.video, self.outputs.audio
-        key, video_id = self.name(slots, part, shard, position)
+        key, _ = self.name(slots, part, shard, position)
         width, height = scaled_size(*reader.frame_size(shard), video.short_side)
         done = draw_augmentation(video, audio, self._seed, epoch, key, height, width, audio.num_steps())
         second = reader.read(
@@ -54,8 +53,6 @@ class RawClips:
             out=row["frames"].numpy(),
             slot=slot,
         )
-        if len(second.waveform) != audio.sample_rate:
-            raise BadClip(key, video_id, "sample-count")
         if done.flip:
             row["frames"].copy_(flip_frames(row["frames"]))
         jitter_frames(row["frames"], done)
@@ -75,7 +72,11 @@ class RawLoader(WorkerLoader):
             ValueError: no video gives clips, world_size does not divide the global batch, or there are fewer
                 videos than one batch.
         """
-        index = _index(config, rank)
+        if config.audio.sample_rate != SAMPLE_RATE:
+            raise ValueError(
+                f"loader.audio.sample_rate is {config.audio.sample_rate}, expected {SAMPLE_RATE} with backend raw"
+            )
+        index = _index(config, rank, world_size)
         # A second slot, so that two clips of a video have two keys.
         table = ClipTable(
             folder=config.shards,
@@ -87,14 +88,19 @@ class RawLoader(WorkerLoader):
         super().__init__(config, rank, world_size, table, maker, pin_memory=pin_memory)
 
 
-def _index(config: LoaderConfig, rank: int) -> VideoIndex:
-    """The index; with several ranks the first one reads the videos, the others what it kept."""
-    together = dist.is_available() and dist.is_initialized()
+def _index(config: LoaderConfig, rank: int, world_size: int) -> VideoIndex:
+    """The index; with several ranks the first one reads the videos, those that share its cache read what it kept.
+
+    The others wait for as long as a collective may take (10 minutes with nccl): index a large folder with one
+    process first.
+    """
+    together = world_size > 1 and dist.is_available() and dist.is_initialized()
     if together and rank != 0:
         dist.barrier()
-    index = index_videos(
-        config.shards, list_file=config.video_list or None, csv_file=config.video_csv or None
-    )
-    if together and rank == 0:
-        dist.barrier()
-    return index
+    try:
+        return index_videos(
+            config.shards, list_file=config.video_list or None, csv_file=config.video_csv or None
+        )
+    finally:
+        if together and rank == 0:
+            dist.barrier()

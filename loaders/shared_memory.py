@@ -72,10 +72,6 @@ class BufferPool:
             buffer.open()
             return buffer
 
-    def release(self, buffer: SharedBuffer) -> None:
-        """Takes a buffer back at once."""
-        self._free.append(buffer)
-
     def lend(self, buffer: SharedBuffer) -> np.ndarray:
         """uint8 (num_bytes,): the buffer's memory; taken back when all arrays and tensors on it are gone."""
         memory = buffer.open()

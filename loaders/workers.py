@@ -21,10 +21,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from loaders.audio_ops import augment_log_mel, log_mel_spectrogram
-from loaders.augment import ClipAugmentation, draw_augmentation, scaled_size, yuv_window_size
-from loaders.base import BatchRequest
+from loaders.augment import (
+    LONGEST_SIDE,
+    ClipAugmentation,
+    draw_augmentation,
+    scaled_size,
+    yuv_window_size,
+)
+from loaders.background import Background
+from loaders.base import BatchRequest, ClipTable, PositionedLoader
 from loaders.batch import BadClipRecord, ClipBatch
-from loaders.config import AudioConfig, VideoConfig
+from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.decode import (
     decode_frames,
     decode_waveform,
@@ -32,6 +39,7 @@ from loaders.decode import (
     uniform_frame_indices,
     waveform_samples,
 )
+from loaders.device import DeviceBatch
 from loaders.plan import PADDING
 from loaders.shard_files import OpenShards, ShardFiles
 from loaders.shared_memory import BufferPool
@@ -170,6 +178,8 @@ class ShardClips:
         if min(info.frame_width, info.frame_height) < 1:
             raise BadClip(info.key, raw.shard, "frame-size")
         width, height = scaled_size(info.frame_width, info.frame_height, video.short_side)
+        if max(width, height) > LONGEST_SIDE:
+            raise BadClip(info.key, raw.shard, "frame-size")
         done = draw_augmentation(video, audio, self._seed, epoch, info.key, height, width, audio.num_steps())
         stored = {
             "stored_size": (info.frame_width, info.frame_height),
@@ -322,7 +332,15 @@ class ClipWorkers:
                 "multiprocessing_context": _worker_context(),
             }
         sampler = _RequestSampler(requests, self._pool)
-        loader = DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=_as_is, **workers)
+        # A generator of its own: starting workers must not draw from the training's.
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_as_is,
+            generator=torch.Generator().manual_seed(0),
+            **workers,
+        )
         with without_main_module():
             self._filled: Iterator[FilledRequest] | None = iter(loader)
         self._processes: Sequence[Any] = list(getattr(self._filled, "_workers", []))
@@ -342,7 +360,6 @@ class ClipWorkers:
 
         Raises:
             RuntimeError: a worker died.
-            ValueError: a shard cannot be read any more.
         """
         assert self._filled is not None, "closed"
         try:
@@ -377,6 +394,68 @@ class ClipWorkers:
             end_workers()
         if pool is not None:
             pool.close()
+
+
+class WorkerLoader(PositionedLoader):
+    """A loader whose clips are made in worker processes; see `loaders.Loader` for the interface."""
+
+    def __init__(
+        self,
+        config: LoaderConfig,
+        rank: int,
+        world_size: int,
+        table: ClipTable,
+        maker: ClipMaker,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(config, rank, world_size, table)
+        self._dataset = ClipDataset(maker)
+        self._pin_memory = pin_memory
+        self._workers: ClipWorkers | None = None
+        self._finished: Background[ClipBatch | DeviceBatch] | None = None
+
+    def _finish(self, filled: FilledRequest) -> ClipBatch | DeviceBatch:
+        """The batch, as views of the workers' memory; pinned in a thread beside the training step."""
+        assert filled.memory is not None
+        parts = [filled.layout.tensors(filled.memory, part) for part in range(len(filled.parts))]
+        arrays = [(part["frames"].permute(0, 4, 1, 2, 3), part["log_mel"]) for part in parts]
+        batch = assemble_batch(filled.request, filled.parts, arrays)
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def _finishes_ahead(self) -> bool:
+        """Whether `_finish` is worth a thread of its own."""
+        return self._pin_memory
+
+    def _take(self) -> ClipBatch:
+        if self._workers is None:
+            config = self.config
+            self._workers = ClipWorkers(
+                self._dataset,
+                self.requests(),
+                num_workers=config.num_workers,
+                prefetch_batches=config.prefetch_batches,
+                num_clips=self.batch_size,
+                num_parts=config.clips_per_video,
+            )
+            workers = self._workers
+            if self._finishes_ahead():
+                self._finished = Background(lambda: self._finish(workers.take()), depth=1)
+        try:
+            batch = self._finish(self._workers.take()) if self._finished is None else self._finished.take()
+        except BaseException:
+            self.close()
+            raise
+        return batch.hand_over() if isinstance(batch, DeviceBatch) else batch
+
+    def close(self) -> None:
+        """End the worker processes. Iterating again starts new ones at the current position."""
+        finished, workers = self._finished, self._workers
+        self._finished, self._workers = None, None
+        if finished is not None:
+            finished.close()
+        if workers is not None:
+            workers.close()
 
 
 class _RequestSampler(Sampler):

@@ -79,6 +79,7 @@ def evaluation_loader_config(
         drop_last=False,
         shuffle=False,
         clips_per_video=1,
+        backend="portable",  # whatever the run was trained with: these are shards, and this may be another machine
         video=dataclasses.replace(config.video, augment=False),
         audio=dataclasses.replace(config.audio, augment=False),
     )

@@ -103,7 +103,8 @@ def _transform(raw: RawClip, frames: np.ndarray, log_mel: torch.Tensor) -> None:
 
 def _for_gpu(workload: Workload) -> Iterator[Batch]:
     """Filled requests, as they would be copied to the GPU."""
-    from loaders.portable import PortableLoader, open_shard_table
+    from loaders.base import open_shard_table
+    from loaders.portable import PortableLoader
     from loaders.workers import ClipDataset, ClipOutputs, ClipWorkers, ShardClips
 
     config = loader_config(workload, "portable")
