@@ -34,7 +34,9 @@ CMAC_REQUIRE_GPU=1 step tests "$python" -m pytest -q -m gpu
 step frame_kernel "$python" benchmarks/frame_kernel.py --sweep
 step nvdec "$python" benchmarks/nvdec.py --shards "$shards"
 step loader_throughput "$python" benchmarks/loader_throughput.py --shards "$shards"
-step loader_memory "$python" benchmarks/loader_memory.py --shards "$shards"
+for backend in portable dali-cpu-decode dali-gpu; do
+    step "loader_memory_$backend" "$python" benchmarks/loader_memory.py --shards "$shards" --backend "$backend"
+done
 
 echo "=== summary"
 for log in "$out"/*.log; do

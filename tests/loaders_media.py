@@ -75,9 +75,10 @@ def write_shards(
     clips_per_shard: list[int],
     num_slots: int = 2,
     broken: dict[tuple[int, int], str] | None = None,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
 ) -> Manifest:
-    """Shards of sum(clips_per_shard) videos. broken: (slot, video) -> "video" (undecodable), "short" (31
-    frames)."""
+    """Shards of sum(clips_per_shard) videos of these sizes, in turn. broken: (slot, video) -> "video"
+    (undecodable), "short" (31 frames)."""
     broken = broken or {}
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -86,7 +87,7 @@ def write_shards(
         for index, num_clips in enumerate(clips_per_shard):
             with ShardWriter(folder, "train", slot, index) as writer:
                 for _ in range(num_clips):
-                    width, height = SIZES[video % len(SIZES)]
+                    width, height = sizes[video % len(sizes)]
                     kind = broken.get((slot, video))
                     frames = encode_video(width, height, 31 if kind == "short" else 32)
                     if kind == "video":

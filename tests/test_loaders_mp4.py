@@ -107,3 +107,26 @@ def test_changed_bytes_give_a_track_inside_the_file_or_an_error(data):
     except ValueError:
         return
     assert all(0 <= start < end <= len(video) for start, end in track.samples)
+
+
+def test_parameter_sets_belong_into_the_header_and_every_sample_is_a_picture():
+    # In a sample they would stay in a decoder that is kept, and spoil the clips that come after.
+    video = bytearray(encode_video(144, 144))
+    samples = read_video_track(bytes(video)).samples
+    for number, kind in ((12, 8), (12, 7), (0, 1), (3, 6)):
+        changed = bytearray(video)
+        position = samples[number][0]
+        while number == 0 and changed[position + 4] & 31 != 5:  # after what the encoder says of itself
+            position += 4 + int.from_bytes(changed[position : position + 4], "big")
+        changed[position + 4] = changed[position + 4] & 0xE0 | kind
+        with pytest.raises(ValueError, match=f"sample {number} has NAL units of types"):
+            read_video_track(bytes(changed))
+
+
+def test_many_samples_cost_no_memory():
+    video = encode_video(144, 144)
+    table = video.index(b"stsz")
+    changed = bytearray(video) + bytes(2_000_000)
+    struct.pack_into(">II", changed, table + 8, 1, 2_000_000)  # constant size 1
+    struct.pack_into(">I4s", changed, len(video), 2_000_000, b"free")
+    assert len(read_video_track(bytes(changed)).samples) == 1000

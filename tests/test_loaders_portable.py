@@ -90,6 +90,19 @@ def test_error_of_a_worker_reaches_the_consumer(shards, monkeypatch):
         next(iter(loader))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_starting_a_loader_draws_no_random_numbers(shards, num_workers):
+    before = torch.get_rng_state()
+    take(build_loader(config(shards, num_workers=num_workers)), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_frame_that_would_be_scaled_to_a_giant_is_a_bad_clip(tmp_path):
+    write_shards(tmp_path, [3], num_slots=1, sizes=((192, 144), (16, 4096), (144, 144)))
+    batch = next(iter(build_loader(config(tmp_path, global_batch_size=3, video=VideoConfig(num_frames=2)))))
+    assert [record.reason for record in batch.bad] == ["frame-size"] and batch.valid.sum() == 2
+
+
 def test_dead_worker_is_named(shards):
     loader = build_loader(config(shards, num_workers=1, prefetch_batches=1))
     batches = iter(loader)

@@ -1,7 +1,12 @@
 """Backend `auto`: a trial decides, says why, and never hides what is wrong with the configuration."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +16,10 @@ from loaders import build_loader
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig, gdt_audio_config
 from loaders.portable import PortableLoader
 from loaders.probe import Trial, choose_backend, resolve_backend, try_backends, why_unavailable
-from train import previous_backend
+from train import check_ranks_agree, previous_backend
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,54 @@ def test_reasons_name_what_is_missing(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert why_unavailable("dali-cpu-decode", config, CPU) == "NVIDIA DALI is not installed"
     assert why_unavailable("portable", replace(config, audio=AudioConfig()), CPU) == ""
+
+
+def test_ranks_choose_alike_whatever_each_of_them_knows(config, tmp_path):
+    """Only rank 0 knows what the run was using, and only rank 1 lacks DALI: nobody waits for nobody."""
+    script = textwrap.dedent(
+        """
+        import importlib.util, os, sys
+        from dataclasses import replace
+        import torch, torch.distributed as dist
+        from loaders.config import LoaderConfig, VideoConfig
+        from loaders import probe
+        rank = int(os.environ["RANK"])
+        dist.init_process_group("gloo")
+        config = LoaderConfig(shards=sys.argv[1], global_batch_size=4, num_workers=0, dali_threads=1,
+                              probe_seconds=0.2, video=VideoConfig(num_frames=2, short_side=36, crop_size=32))
+        say = lambda line: print(f"said {rank}: {line}", flush=True)
+        def choose(previous):
+            return probe.resolve_backend(config, rank, 2, torch.device("cpu"), say, previous).backend
+        print("chosen", rank, choose("portable" if rank == 0 else None), flush=True)
+        if rank == 1:
+            probe.importlib.util.find_spec = lambda name: None
+        print("chosen", rank, choose(None), flush=True)
+        dist.destroy_process_group()
+        """
+    )
+    path = tmp_path / "ranks.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", path, config.shards],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    chosen = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("chosen"))
+    assert chosen == [["0", "portable"]] * 2 + [["1", "portable"]] * 2
+    assert "said 0: loader backend: portable, as before in this run" in done.stdout
+    assert "the only one that can run here" in done.stdout and "said 1" not in done.stdout
+
+
+def test_ranks_with_other_shards_are_refused(monkeypatch):
+    states = [{"manifest": "a", "dropped_shards": []}, {"manifest": "a", "dropped_shards": [3]}]
+
+    def gather(values: list, value: dict) -> None:
+        values[:] = states
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(
+        ValueError, match=r"rank 1 reads other clips than rank 0: its loader has dropped_shards"
+    ):
+        check_ranks_agree(states[0], 2)
+    states[1] = dict(states[0])
+    check_ranks_agree(states[0], 2)
