@@ -1,7 +1,8 @@
 """Where the coded frames of a clip lie in its mp4 file.
 
-A clip is 32 frames in one piece; opening it as a container costs libav about a quarter of what decoding does. The sample table says all that is needed. Only what shards hold is understood (one H.264 track, no
-B-frames, no fragments, no edits): anything else is not a clip, and a ValueError.
+A clip is 32 frames in one piece; opening it as a container costs libav about a quarter of what decoding does.
+The sample table says all that is needed. Only what shards hold is understood (one H.264 track, no B-frames, no
+fragments, no edits): anything else is not a clip, and a ValueError.
 """
 
 import struct

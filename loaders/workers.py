@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any, Literal, Protocol
@@ -412,6 +412,8 @@ class WorkerLoader(PositionedLoader):
         super().__init__(config, rank, world_size, table)
         self._dataset = ClipDataset(maker)
         self._pin_memory = pin_memory
+        # Page-locked memory belongs to a device's context, and a new thread starts at device 0.
+        self._pin_device = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
         self._workers: ClipWorkers | None = None
         self._finished: Background[ClipBatch | DeviceBatch] | None = None
 
@@ -421,7 +423,10 @@ class WorkerLoader(PositionedLoader):
         parts = [filled.layout.tensors(filled.memory, part) for part in range(len(filled.parts))]
         arrays = [(part["frames"].permute(0, 4, 1, 2, 3), part["log_mel"]) for part in parts]
         batch = assemble_batch(filled.request, filled.parts, arrays)
-        return batch.pin_memory() if self._pin_memory else batch
+        if not self._pin_memory:
+            return batch
+        with nullcontext() if self._pin_device is None else torch.cuda.device(self._pin_device):
+            return batch.pin_memory()
 
     def _finishes_ahead(self) -> bool:
         """Whether `_finish` is worth a thread of its own."""
