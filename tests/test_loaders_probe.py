@@ -141,7 +141,7 @@ def test_ranks_choose_alike_whatever_each_of_them_knows(config, tmp_path):
     path = tmp_path / "ranks.py"
     path.write_text(script)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", path, config.shards],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", path, config.shards],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
