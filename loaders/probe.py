@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from loaders.config import Backend, LoaderConfig
+from loaders.plan import check_world
 
 if TYPE_CHECKING:
     from loaders import Loader
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
 CANDIDATES: tuple[Backend, ...] = ("dali-gpu", "dali-cpu-decode", "portable")
 """What `auto` chooses among; at equal speed the last is taken, which needs the least."""
 NUM_ROUNDS = 3
-SLACK_BATCHES = (
-    5  # at most so many are ready beyond what workers have, in the thread that finishes them and in DALI
-)
+CLIPS_PER_BATCH = 16  # at most, on a rank: small batches make for short turns
+SLACK_BATCHES = 5  # ready beyond what workers have, at most: in the thread that finishes them and in DALI
 CLEAR_GAIN = 1.05  # a candidate before the last must be this much faster to be taken
 
 
@@ -82,6 +82,9 @@ def try_backends(
     Raises:
         ValueError: no candidate could run.
     """
+    check_world(config.global_batch_size, rank, world_size)
+    small = min(config.global_batch_size, CLIPS_PER_BATCH * world_size)
+    config = replace(config, global_batch_size=small)
     contestants, reasons = {}, {}
     for backend in candidates:
         reasons[backend] = why_unavailable(backend, config, device)

@@ -1,6 +1,7 @@
 """Small shards for the loader tests, encoded here so that these tests need no ffmpeg binary."""
 
 import io
+import tempfile
 import wave
 import zlib
 from fractions import Fraction
@@ -46,6 +47,21 @@ def encode_video(width: int, height: int, num_frames: int = FRAMES_PER_CLIP, crf
         for packet in stream.encode(None):
             container.mux(packet)
     return buffer.getvalue()
+
+
+def remuxed(video: bytes, options: dict[str, str]) -> bytes:
+    """The same coded frames in a file muxed with other options."""
+    with (
+        av.open(io.BytesIO(video), format="mp4") as source,
+        tempfile.NamedTemporaryFile(suffix=".mp4") as file,
+    ):
+        with av.open(file.name, "w", format="mp4", options=options) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        return Path(file.name).read_bytes()
 
 
 def tone(hertz: float, num_samples: int = SAMPLE_RATE, amplitude: float = 0.5) -> np.ndarray:

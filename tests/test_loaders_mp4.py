@@ -2,15 +2,13 @@
 
 import io
 import struct
-import tempfile
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loaders_media import SIZES, encode_video, picture
+from loaders_media import SIZES, encode_video, picture, remuxed
 
 from loaders.mp4 import read_video_track
 
@@ -21,21 +19,6 @@ def demuxed(video: bytes) -> tuple[bytes, list[bytes]]:
         stream = container.streams.video[0]
         packets = [bytes(packet) for packet in container.demux(stream) if packet.size]
         return bytes(stream.codec_context.extradata), packets
-
-
-def remuxed(video: bytes, options: dict[str, str]) -> bytes:
-    """The same coded frames in a file muxed with other options."""
-    with (
-        av.open(io.BytesIO(video), format="mp4") as source,
-        tempfile.NamedTemporaryFile(suffix=".mp4") as file,
-    ):
-        with av.open(file.name, "w", format="mp4", options=options) as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    target.mux(packet)
-        return Path(file.name).read_bytes()
 
 
 def encoded(codec: str, options: dict[str, str]) -> bytes:
