@@ -302,7 +302,9 @@ def _decode_track(video: bytes, track: VideoTrack) -> Iterator[av.VideoFrame]:
         decoder.options = {"err_detect": "explode"}
     bytes_of = memoryview(video)
     for number, (start, end) in enumerate(track.samples):
-        packet = av.Packet(bytes_of[start:end])
+        # Memory of its own, with zeros behind it: libav reads past the end of a packet.
+        packet = av.Packet(end - start)
+        packet.update(bytes_of[start:end])
         packet.pts = packet.dts = number
         yield from decoder.decode(packet)
     yield from decoder.decode(None)

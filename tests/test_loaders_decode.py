@@ -1,15 +1,17 @@
 """Decoding gives exactly the frames and samples of a clip, or raises BadClip."""
 
 import io
+import struct
 import wave
 
 import av
 import numpy as np
 import pytest
-from loaders_media import SIZES, encode_audio, encode_video, picture, tone
+from loaders_media import SIZES, encode_audio, encode_video, picture, remuxed, tone
 
 from loaders.augment import yuv_window_size
 from loaders.decode import (
+    _decode_track,
     decode_frames,
     decode_waveform,
     decode_yuv_windows,
@@ -221,3 +223,28 @@ def test_yuv_windows_of_scaled_and_damaged_clips():
     assert out[:, : 66 * 66].std() > 10
     with pytest.raises(BadClip, match="frame-count"):
         decode_yuv_windows(encode_video(192, 144, 31), [0, 31], 72, top=3, left=9, crop_size=64, out=out)
+
+
+def test_what_lies_behind_a_coded_frame_does_not_matter():
+    video = remuxed(encode_video(192, 144), {"movflags": "+faststart"})
+    expected = by_container(video)
+    for seed in range(40):  # libav reads up to 64 bytes past the end of what it is given
+        garbage = np.random.default_rng(seed).integers(0, 256, 4096, np.uint8).tobytes()
+        box = struct.pack(">I4s", 8 + len(garbage), b"free")
+        assert np.array_equal(decode_frames(video + box + garbage, ALL, 144), expected)
+
+
+def test_packets_own_their_memory(monkeypatch):
+    packets, make = [], av.Packet
+
+    def recorded(*arguments) -> av.Packet:
+        packets.append(make(*arguments))
+        return packets[-1]
+
+    monkeypatch.setattr("loaders.decode.av.Packet", recorded)
+    video = bytearray(encode_video(144, 144))  # can change, as bytes cannot
+    track = read_video_track(bytes(video))
+    assert len(list(_decode_track(video, track))) == 32
+    coded = [bytes(video[start:end]) for start, end in track.samples]
+    video[:] = bytes(len(video))
+    assert [bytes(packet) for packet in packets if packet.size] == coded
