@@ -1,13 +1,10 @@
 """The last step of frames: the reference by hand and against the CPU route, the kernel against the reference."""
 
-import concurrent.futures
 import io
 import itertools
-import multiprocessing
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -222,7 +219,7 @@ def test_auto_on_the_cpu_is_the_reference():
 def test_fused_on_the_cpu_says_what_is_missing(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="impl is 'fused', but pixels are on cpu and TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match="impl is 'fused', but tensors are on cpu and TRITON_INTERPRET=1"):
         finish_frames(yuv_noise(1, 1, 8), frame_parameters([None]), 8, mean=MEAN, std=STD, impl="fused")
 
 
@@ -270,34 +267,18 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
 Finish = Callable[..., torch.Tensor]
 
 
-def interpret(arguments: bytes) -> bytes:
-    """In a process with TRITON_INTERPRET=1: finish_frames of saved arguments, saved."""
-    torch.set_num_threads(1)
-    result = io.BytesIO()
-    torch.save(finish_frames(**torch.load(io.BytesIO(arguments)), impl="fused"), result)
-    return result.getvalue()
+def fused(**arguments: object) -> torch.Tensor:
+    return finish_frames(**arguments, impl="fused")
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Finish]:
-    """The kernel under Triton's interpreter: in a process of its own, as the variable must be set before Triton
-    is imported."""
-    pytest.importorskip("triton")
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        started = process.submit(os.getpid)
-        os.environ.pop("TRITON_INTERPRET")
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-        started.result()
+@pytest.fixture
+def interpreted(interpreter: Callable) -> Finish:
+    """The kernel under Triton's interpreter."""
 
-        def finish(pixels: torch.Tensor, parameters: torch.Tensor, crop_size: int, **options: object):
-            saved = io.BytesIO()
-            torch.save(dict(pixels=pixels, parameters=parameters, crop_size=crop_size, **options), saved)
-            return torch.load(io.BytesIO(process.submit(interpret, saved.getvalue()).result()))
+    def finish(pixels: torch.Tensor, parameters: torch.Tensor, crop_size: int, **options: object):
+        return interpreter(fused, pixels=pixels, parameters=parameters, crop_size=crop_size, **options)
 
-        yield finish
+    return finish
 
 
 @pytest.fixture

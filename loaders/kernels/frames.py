@@ -1,22 +1,15 @@
 """The last step of frames: crop, RGB, flip, color jitter and normalization in one pass over the pixels."""
 
-import functools
-import importlib.util
-import logging
-import os
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from loaders.augment import yuv_window_size
+from loaders.kernels.choice import Impl, choose_impl
 from loaders.video_ops import NUM_PARAMETERS, finish_frames_reference
 
-Impl = Literal["auto", "reference", "fused"]
 DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
-
-log = logging.getLogger(__name__)
 
 
 def finish_frames(
@@ -45,10 +38,8 @@ def finish_frames(
         mean: mean of pixels in [0, 1], one number or one per channel.
         std: standard deviation of pixels in [0, 1], likewise.
         dtype: uint8: pixels. float32, bfloat16 or float16: (pixel / 255 - mean) / std of those same pixels.
-        impl: `fused`: one Triton kernel, for CUDA tensors, or for CPU tensors with TRITON_INTERPRET=1 in the
-            environment. `reference`: plain torch (on a GPU it waits for the parameters). `auto`: fused on CUDA
-            where Triton is installed, else the reference. They agree but for values within float32 rounding
-            of a half, which may be one level apart.
+        impl: see `choice.Impl`; `fused` is one kernel, `reference` waits for the parameters on a GPU. They agree
+            but for values within float32 rounding of a half, which may be one level apart.
 
     Returns:
         (N, 3, T, H, W) of dtype on the device of pixels, a view of contiguous (N, T, H, W, 3).
@@ -58,39 +49,13 @@ def finish_frames(
             run here; the message says what is missing.
     """
     _check(pixels, parameters, crop_size, dtype)
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl is {impl!r}, expected {' or '.join(get_args(Impl))}")
-    if impl == "auto":
-        impl = _choose_impl(pixels.device.type)
-    if impl == "fused":
-        why_not = _why_not_fused(pixels.device.type)
-        if why_not:
-            raise ValueError(f"impl is 'fused', but {why_not}; expected impl 'auto' or 'reference' here")
+    if choose_impl("finish_frames", impl, pixels.device.type) == "fused":
         from loaders.kernels.frames_triton import finish_frames_fused
 
         finish = finish_frames_fused
     else:
         finish = finish_frames_reference
     return finish(pixels, parameters, crop_size, mean=mean, std=std, dtype=dtype)
-
-
-@functools.cache
-def _choose_impl(device_type: str) -> Literal["reference", "fused"]:
-    """What `auto` means on this kind of device; said once."""
-    why_not = _why_not_fused(device_type) if device_type == "cuda" else "pixels are on the CPU"
-    if why_not and device_type == "cuda":
-        log.warning("finish_frames: %s, frames are finished in plain torch: much slower", why_not)
-    log.info("finish_frames on %s: %s", device_type, "reference" if why_not else "fused")
-    return "reference" if why_not else "fused"
-
-
-def _why_not_fused(device_type: str) -> str | None:
-    """Why the Triton kernel cannot run on this kind of device; None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (it comes with torch for CUDA on Linux)"
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"pixels are on {device_type} and TRITON_INTERPRET=1 is not set"
-    return None
 
 
 def _check(pixels: Tensor, parameters: Tensor, crop_size: int, dtype: torch.dtype) -> None:
