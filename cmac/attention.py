@@ -69,8 +69,11 @@ def pool_filter(transformed: Tensor) -> Tensor:
 
 
 def predicted_attention(saliency: Tensor) -> Tensor:
-    """s-hat of Eq. (5): sigmoid of a saliency head's output. (N, 1, ...) -> (N, ...) float32 in [0, 1]."""
-    return saliency.float().squeeze(1).sigmoid()
+    """s-hat of Eq. (5): sigmoid of a saliency head's output. (N, 1, ...) -> (N, ...) float32 in [0, 1].
+
+    Here and in `guided_attention` float64 stays float64.
+    """
+    return _at_least_float32(saliency).squeeze(1).sigmoid()
 
 
 def guided_attention(transformed: Tensor, other_filter: Tensor, config: AttentionConfig) -> Tensor:
@@ -85,9 +88,9 @@ def guided_attention(transformed: Tensor, other_filter: Tensor, config: Attentio
         (N, T, H, W) or (N, F, S), float32; within [0, 1] unless `config.norm` is "none".
     """
     num_dims = transformed.dim() - 2
-    transformed, other_filter = transformed.float(), other_filter.float()
+    transformed, other_filter = _at_least_float32(transformed), _at_least_float32(other_filter)
     size = transformed.shape[2:]
-    fused = torch.zeros(transformed.shape[0], *size, device=transformed.device)
+    fused = transformed.new_zeros(transformed.shape[0], *size)
     for scale in range(config.num_scales):
         response = _response(transformed, other_filter, config)  # (N, *size of this scale)
         if scale > 0:
@@ -126,3 +129,7 @@ def _halve(transformed: Tensor, halve_time: bool) -> Tensor:
     num_dims = transformed.dim() - 2
     kernel = (2, 2) if num_dims == 2 else (2 if halve_time else 1, 2, 2)
     return _AVERAGE_POOL[num_dims](transformed, kernel, ceil_mode=True)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,1 @@
+"""Fused GPU versions of what the reference modules beside this package define."""
