@@ -128,6 +128,8 @@ def _halve(transformed: Tensor, halve_time: bool) -> Tensor:
     """Average-pool by 2 over H and W (and T on request), or over F and S; a last odd cell is kept."""
     num_dims = transformed.dim() - 2
     kernel = (2, 2) if num_dims == 2 else (2 if halve_time else 1, 2, 2)
+    # avg_pool3d refuses a kernel larger than its input.
+    kernel = tuple(min(pair) for pair in zip(kernel, transformed.shape[2:]))
     return _AVERAGE_POOL[num_dims](transformed, kernel, ceil_mode=True)
 
 

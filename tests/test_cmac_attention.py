@@ -17,7 +17,7 @@ from cmac.attention import (
 from cmac.encoders import build_norm_layers
 
 NORM_2D, NORM_3D = build_norm_layers(None)
-SIZES = [(4, 8, 8), (9, 4), (1, 1), (1, 3, 5), (17, 7)]
+SIZES = [(4, 8, 8), (9, 4), (1, 1), (1, 1, 1), (1, 3, 5), (17, 7)]
 
 
 def test_filter_is_the_mean_over_positions():
