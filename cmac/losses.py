@@ -1,11 +1,22 @@
 """The losses of Eqs. (1), (2), (6), (7) and (8), written as the equations read."""
 
+import functools
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cmac.queue import EMPTY
+from loaders.kernels.choice import Impl, choose_impl
+
+MAX_FUSED_DIM = 256
+"""Dimensions of an embedding that the kernel of Eq. (7) holds in registers."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +63,22 @@ class LossConfig:
             )
 
 
+class Negatives(NamedTuple):
+    """A bank of keys to tell the positive from."""
+
+    keys: Tensor
+    """(K, D), unit norm, float32 or bfloat16; no gradient reaches them."""
+    video_ids: Tensor
+    """(K,) int64. A key is no negative of a query with its id, and of no query if it is `cmac.queue.EMPTY`."""
+
+
 class ContrastiveOutput(NamedTuple):
     """What `contrastive_loss` gives per clip."""
 
     loss: Tensor
-    """(N,) float32."""
+    """(B,) float32."""
     correct: Tensor
-    """(N,) bool: the positive has the highest similarity."""
+    """(B,) bool: the positive has a higher similarity than all negatives."""
 
 
 def noise_contrastive_loss(query: Tensor, key: Tensor, temperature: float) -> Tensor:
@@ -75,38 +95,117 @@ def noise_contrastive_loss(query: Tensor, key: Tensor, temperature: float) -> Te
 def contrastive_loss(
     query: Tensor,
     key: Tensor,
-    cross_keys: Tensor,
-    within_keys: Tensor | None,
+    video_ids: Tensor,
+    negatives: Sequence[Negatives],
     temperature: float,
-    *,
-    cross_excluded: Tensor | None = None,
-    within_excluded: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> ContrastiveOutput:
-    """Eq. (7), one direction, per clip: the positive against negatives of both modalities.
+    """Eq. (7) per clip: -log(exp(q.k / t) / (exp(q.k / t) + sum of exp(q.n / t) over all negatives n)).
+
+    Queries of both directions may be stacked if their banks are the same: then one pass over the banks serves both.
+    Only `query` gets a gradient.
 
     Args:
-        query: (N, D), unit norm: this modality's embedding.
-        key: (N, D), unit norm, no gradient: the positive.
-        cross_keys: (K, D), unit norm, no gradient: other clips' keys of the positive's modality.
-        within_keys: (K', D) likewise of the query's modality, or None for Eq. (1)'s plain form.
+        query: (B, D), unit norm, any float dtype: this modality's embeddings.
+        key: (B, D), unit norm: the positives.
+        video_ids: (B,) int64: the videos of the queries.
+        negatives: one bank for Eq. (1)'s plain form, or two: past keys of the positive's modality and of the query's.
         temperature: tau.
-        cross_excluded: (N, K) bool, True where a key is no negative of a query (empty slot, same video).
-        within_excluded: (N, K') bool likewise.
+        impl: see `choice.Impl`. The kernel takes at most 256 dimensions, banks that are all float32 or all bfloat16,
+            and no float64 query; where that does not hold `auto` takes the reference.
+
+    Returns:
+        Losses in float32, or float64 for a float64 query, whatever the dtypes of keys and banks. The kernel rounds
+        queries to the dtype of bfloat16 banks.
+
+    Raises:
+        ValueError: a shape, dtype, device, temperature or impl is not one of those above, or `fused` cannot run; the
+            message says what is missing.
     """
+    _check_contrastive(query, key, video_ids, negatives, temperature)
+    why_not = _why_not_fused(query, negatives)
+    if why_not and impl == "fused":
+        raise ValueError(f"impl is 'fused', but {why_not}; or take impl 'auto' or 'reference'")
+    if why_not and impl == "auto":
+        _log_reference(why_not)
+        impl = "reference"
+    if choose_impl("contrastive loss", impl, query.device.type) == "fused" and len(query) > 0:
+        from cmac.kernels.info_nce_triton import fused_info_nce
+
+        return ContrastiveOutput(*fused_info_nce(query, key, video_ids, negatives, temperature))
+    return contrastive_loss_reference(query, key, video_ids, negatives, temperature)
+
+
+def contrastive_loss_reference(
+    query: Tensor, key: Tensor, video_ids: Tensor, negatives: Sequence[Negatives], temperature: float
+) -> ContrastiveOutput:
+    """`contrastive_loss` as the equation reads, in plain torch; it stores the similarities (B, K) of each bank."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
     # Autocast would take the products with the queue in half precision, and the temperature multiplies the error.
     with torch.autocast(query.device.type, enabled=False):
-        query, key = query.float(), key.float()
-        logits = [(query * key).sum(dim=1, keepdim=True)]  # (N, 1)
-        for keys, excluded in ((cross_keys, cross_excluded), (within_keys, within_excluded)):
-            if keys is None:
-                continue
-            similarity = query @ keys.float().T  # (N, K)
-            if excluded is not None:
-                similarity = similarity.masked_fill(excluded, float("-inf"))
-            logits.append(similarity)
-        logits = torch.cat(logits, dim=1) / temperature  # (N, 1 + K + K')
+        query, key = query.to(dtype), key.detach().to(dtype)
+        logits = [(query * key).sum(dim=1, keepdim=True)]  # (B, 1)
+        for bank in negatives:
+            empty = bank.video_ids == EMPTY  # (K,)
+            # An empty slot may hold anything: its weight is 0, and 0 * NaN would reach the gradient.
+            keys = bank.keys.detach().to(dtype).masked_fill(empty[:, None], 0)  # (K, D)
+            excluded = empty | (bank.video_ids == video_ids[:, None])  # (B, K)
+            logits.append((query @ keys.T).masked_fill(excluded, float("-inf")))
+        logits = torch.cat(logits, dim=1) / temperature  # (B, 1 + K + K')
         loss = torch.logsumexp(logits, dim=1) - logits[:, 0]
     return ContrastiveOutput(loss, logits[:, 1:].amax(dim=1) < logits[:, 0])
+
+
+def _check_contrastive(
+    query: Tensor, key: Tensor, video_ids: Tensor, negatives: Sequence[Negatives], temperature: float
+) -> None:
+    """Raises ValueError unless the arguments of contrastive_loss fit together. Reads no value on the device."""
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected more than 0")
+    if query.dim() != 2 or query.shape[1] == 0 or not query.is_floating_point():
+        raise ValueError(f"query is {_text(query)}, expected floats (B, D)")
+    if key.shape != query.shape or not key.is_floating_point():
+        raise ValueError(f"key is {_text(key)}, expected floats {tuple(query.shape)} as query")
+    if len(negatives) not in (1, 2):
+        raise ValueError(f"negatives holds {len(negatives)} banks, expected 1 or 2")
+    tensors = [("key", key), ("video_ids", video_ids)]
+    ids = [("video_ids", video_ids, len(query))]
+    for n, bank in enumerate(negatives):
+        name = f"negatives[{n}]"
+        if bank.keys.dim() != 2 or bank.keys.shape[1] != query.shape[1] or len(bank.keys) == 0:
+            raise ValueError(
+                f"{name}.keys is {_text(bank.keys)}, expected (K, {query.shape[1]}) with K at least 1"
+            )
+        tensors += [(f"{name}.keys", bank.keys), (f"{name}.video_ids", bank.video_ids)]
+        ids.append((f"{name}.video_ids", bank.video_ids, len(bank.keys)))
+    for name, tensor, length in ids:
+        if tensor.shape != (length,) or tensor.dtype != torch.int64:
+            raise ValueError(f"{name} is {_text(tensor)}, expected torch.int64 ({length},)")
+    for name, tensor in tensors:
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {query.device} as query")
+
+
+def _text(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _why_not_fused(query: Tensor, negatives: Sequence[Negatives]) -> str | None:
+    """What the kernel of contrastive_loss lacks for these arguments, and the way out; None if nothing."""
+    if query.shape[1] > MAX_FUSED_DIM:
+        return f"embeddings have {query.shape[1]} dimensions; expected model.embedding_dim at most {MAX_FUSED_DIM}"
+    if query.dtype == torch.float64:
+        return "query is torch.float64; expected at most float32"
+    dtypes = {bank.keys.dtype for bank in negatives}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        names = " and ".join(sorted(map(str, dtypes)))
+        return f"banks of negatives are {names}; expected all torch.float32 or all torch.bfloat16"
+    return None
+
+
+@functools.cache
+def _log_reference(why_not: str) -> None:
+    log.warning("contrastive loss: %s; runs in plain torch, which is slower", why_not)
 
 
 def attention_consistency_loss(guided: Tensor, predicted: Tensor, reduction: str = "sum") -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,11 +34,10 @@ def test_queue_of_15000_takes_batches_of_128_that_do_not_divide_it():
     assert sorted(queue.video_ids.tolist()) == list(range(128 * 130 - 15_000, 128 * 130))
 
 
-def test_empty_slots_own_videos_and_invalid_clips_are_excluded():
+def test_slots_of_invalid_clips_are_marked_empty():
     queue = KeyQueue(5, 3)
     queue.enqueue(torch.ones(3, 3), torch.tensor([7, 8, 9]), torch.tensor([True, False, True]))
-    excluded = queue.excluded(torch.tensor([7, 1]))
-    assert excluded.tolist() == [[True, True, False, True, True], [False, True, False, True, True]]
+    assert queue.video_ids.tolist() == [7, EMPTY, 9, EMPTY, EMPTY]
 
 
 def test_keys_that_are_not_finite_stay_out_of_loss_and_gradient():
@@ -57,6 +57,25 @@ def test_queue_is_in_the_state_dict():
     assert torch.equal(queue.keys, other.keys) and torch.equal(queue.video_ids, other.video_ids)
 
 
-def test_queue_without_slots_is_refused():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 2**-8)])
+def test_keys_are_stored_in_the_dtype_asked_for(dtype, tolerance):
+    queue = KeyQueue(7, 16, dtype)
+    keys = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    queue.enqueue(keys, torch.arange(5))
+    assert queue.keys.dtype == dtype
+    torch.testing.assert_close(queue.keys[:5].float(), keys, rtol=tolerance, atol=0)
+
+
+def test_a_queue_takes_the_keys_of_a_checkpoint_of_another_dtype():
+    full, half = KeyQueue(4, 3), KeyQueue(4, 3, torch.bfloat16)
+    full.enqueue(*batch(10, 3))
+    half.load_state_dict(full.state_dict())
+    assert half.keys.dtype == torch.bfloat16 and torch.equal(half.keys.float(), full.keys)
+    assert torch.equal(half.video_ids, full.video_ids)
+
+
+def test_queue_without_slots_or_of_another_dtype_is_refused():
     with pytest.raises(ValueError, match="queue_length is 0"):
         KeyQueue(0, 3)
+    with pytest.raises(ValueError, match="queue_dtype is torch.float16, expected float32 or bfloat16"):
+        KeyQueue(4, 3, torch.float16)
