@@ -1,6 +1,22 @@
 """Cross-Modal Attention Consistency: encoders, attention, losses, pretraining and evaluation."""
 
-from cmac.checkpoint import load_checkpoint
-from cmac.model import CMAC, ModelConfig
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmac.checkpoint import load_checkpoint
+    from cmac.model import CMAC, ModelConfig
 
 __all__ = ["CMAC", "ModelConfig", "load_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: the model and its kernels need torch alone, checkpoints need what configurations are read with.
+    if name == "load_checkpoint":
+        from cmac.checkpoint import load_checkpoint
+
+        return load_checkpoint
+    if name in ("CMAC", "ModelConfig"):
+        from cmac import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'cmac' has no attribute {name!r}")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmac.encoders import NormLayer
+from cmac.encoders import FactoredConv3d
+from cmac.norm import NormLayer
 
 _AVERAGE_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _INTERPOLATION = {2: "bilinear", 3: "trilinear"}
@@ -43,7 +44,7 @@ class CorrelationTransform(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, filter_channels: int, num_dims: int, norm: NormLayer) -> None:
-        conv = nn.Conv2d if num_dims == 2 else nn.Conv3d
+        conv = nn.Conv2d if num_dims == 2 else FactoredConv3d
         super().__init__(conv(in_channels, filter_channels, 1, bias=False), norm(filter_channels))
 
 

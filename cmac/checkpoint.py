@@ -86,6 +86,7 @@ def build_model(config: RunConfig, world_size: int = 1) -> CMAC:
     return CMAC(
         config.model,
         config.loss,
+        compute=config.compute,
         world_size=world_size,
         pixel_mean=config.loader.video.mean,
         pixel_std=config.loader.video.std,

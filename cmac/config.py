@@ -8,44 +8,12 @@ from typing import Literal
 import dacite
 
 from cmac.attention import AttentionConfig
+from cmac.compute import ComputeConfig
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.losses import LossConfig
 from cmac.model import ModelConfig
+from cmac.optim import OptimizerConfig
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Optimizer and learning-rate schedule; the defaults are section 4.1's."""
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` with momentum (the paper) or `adamw` (small models from scratch)."""
-    learning_rate: float = 0.01
-    """Peak learning rate. Choice: taken literally; GDT, whose schedule the paper shares, multiplies it by the number
-    of GPUs (`learning_rate_per_rank`)."""
-    learning_rate_per_rank: bool = False
-    """Multiply the peak by the number of ranks."""
-    weight_decay: float = 1e-5
-    """Applied to all parameters."""
-    momentum: float = 0.9
-    """Of SGD; beta_1 of AdamW."""
-    warmup_epochs: float = 10.0
-    """Epochs over which the learning rate grows linearly from 0 to its peak ("gradual warm-up")."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up. Choice: constant, as GDT's Kinetics-400 script has it; the paper names none."""
-    clip_gradient_norm: float = 0.0
-    """Scale gradients down to this norm; 0 leaves them alone."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(
-                f"optimizer.learning_rate is {self.learning_rate}, expected a finite value above 0"
-            )
-        for name in ("weight_decay", "warmup_epochs", "clip_gradient_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, expected at least 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimizer.momentum is {self.momentum}, expected a value from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +53,8 @@ class RunConfig:
     """Terms of Eq. (8)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Which implementations compute a step."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "log_every", "checkpoint_every", "keep_checkpoints"):

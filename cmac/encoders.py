@@ -5,13 +5,16 @@ both ways with `load_state_dict(strict=True)`.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-NormLayer = Callable[[int], nn.Module]
+from cmac.compute import ComputeConfig
+from cmac.norm import BatchNorm2d, BatchNorm3d, NormLayer, apply_norm, hold_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,44 +54,162 @@ def _check_stages(name: str, widths: tuple[int, ...], blocks: tuple[int, ...]) -
         )
 
 
-class _SpatioTemporalConv(nn.Sequential):
-    """1x3x3 convolution, batch norm, ReLU, 3x1x1 convolution: (N, C, T, H, W) -> (N, out, T/s, H/s, W/s)."""
+class FactoredConv3d(nn.Conv3d):
+    """A 1 x k x k or k x 1 x 1 convolution, computed as a 2-D one on a view of channels-last memory.
 
-    def __init__(
-        self, in_channels: int, out_channels: int, mid_channels: int, stride: int, norm: NormLayer
-    ) -> None:
-        super().__init__(
-            nn.Conv3d(in_channels, mid_channels, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False),
-            norm(mid_channels),
-            nn.ReLU(inplace=True),
-            nn.Conv3d(mid_channels, out_channels, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False),
+    (N, C, T, H, W) in channels_last_3d memory is N * T channels-last images to a 1 x k x k kernel, and N images of T
+    rows and H * W columns to a k x 1 x 1 kernel, so that the 2-D convolutions of cuDNN and oneDNN serve, which are
+    better kept than their 3-D ones. Other memory layouts and kernels take nn.Conv3d's way. Parameters, initialization
+    and state dict are nn.Conv3d's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, T, H, W) -> (N, out_channels, T', H', W'), channels-last if x is."""
+        return self.convolve(x, self.weight)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight (out, in, kt, kh, kw) of the same kernel size."""
+        time, height, width = self.kernel_size
+        if x.is_contiguous(memory_format=torch.channels_last_3d) and self._is_plain:
+            if time == 1 and self.padding[0] == 0:
+                if self.stride[0] > 1:
+                    x = x[:, :, :: self.stride[0]]  # a kernel of one frame never sees the others
+                return frames_conv(x, weight, self.stride[1:], self.padding[1:])
+            if height == width == 1 and self.stride[1:] == (1, 1) and self.padding[1:] == (0, 0):
+                return time_conv(x, weight, self.stride[0], self.padding[0])
+        return self._conv_forward(x, weight, self.bias)
+
+    @property
+    def _is_plain(self) -> bool:
+        return (
+            self.bias is None
+            and self.groups == 1
+            and set(self.dilation) == {1}
+            and self.padding_mode == "zeros"
         )
+
+
+def frames_conv(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Each frame by itself. x: (N, C, T, H, W), channels_last_3d; weight: (O, C, 1, kh, kw). No copy of either."""
+    num_clips, channels, num_frames, height, width = x.shape
+    images = x.permute(0, 2, 3, 4, 1).reshape(num_clips * num_frames, height, width, channels)
+    y = F.conv2d(images.permute(0, 3, 1, 2), weight.squeeze(2), None, stride, padding)  # (N * T, O, H', W')
+    y = y.permute(0, 2, 3, 1).reshape(num_clips, num_frames, *y.shape[2:], y.shape[1])
+    return y.permute(0, 4, 1, 2, 3)  # (N, O, T, H', W')
+
+
+def time_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """Each pixel by itself. x: (N, C, T, H, W), channels_last_3d; weight: (O, C, kt, 1, 1). No copy of either."""
+    num_clips, channels, num_frames, height, width = x.shape
+    images = x.permute(0, 2, 3, 4, 1).reshape(num_clips, num_frames, height * width, channels)
+    y = F.conv2d(images.permute(0, 3, 1, 2), weight.squeeze(4), None, (stride, 1), (padding, 0))
+    y = y.permute(0, 2, 3, 1).reshape(num_clips, y.shape[2], height, width, y.shape[1])
+    return y.permute(0, 4, 1, 2, 3)  # (N, O, T', H, W)
+
+
+class _SpatioTemporalConv(nn.Sequential):
+    """1 x k x k convolution, batch norm, ReLU, k x 1 x 1 convolution: (N, C, T, H, W) -> (N, out, T/s, H/s, W/s)."""
+
+    def __init__(self, spatial: nn.Conv3d, norm: nn.Module, temporal: nn.Conv3d, pad_channels: bool) -> None:
+        super().__init__(spatial, norm, nn.ReLU(inplace=True), temporal)
+        self._padding = -spatial.out_channels % 8 if pad_channels else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _factored_forward(*self, x, self._padding)
+
+
+def _factored_forward(
+    spatial: nn.Conv3d, norm: nn.Module, _: nn.Module, temporal: nn.Conv3d, x: Tensor, padding: int
+) -> Tensor:
+    """temporal(relu(norm(spatial(x)))); with that many channels of zeros between the convolutions, which change nothing.
+
+    The mid widths of R(2+1)D-18 are 45, 144, 230, 288, 460, 576, 921 and 1152; tensor cores want multiples of 8.
+    """
+    if padding == 0:
+        return temporal(apply_norm(norm, spatial(x)))
+    x = spatial.convolve(x, _pad_channels(spatial.weight, 0, padding))
+    # Zeros stay zeros: the norm's weights are padded with zeros as well.
+    padded = {
+        name: F.pad(value, (0, padding))
+        for name, value in (*norm.named_parameters(), *norm.named_buffers())
+        if value.dim() == 1
+    }
+    x = torch.func.functional_call(_ApplyNorm(norm), {f"norm.{n}": v for n, v in padded.items()}, (x,))
+    with torch.no_grad():
+        for name, buffer in norm.named_buffers():
+            if buffer.dim() == 1:
+                buffer.copy_(padded[name][: len(buffer)])
+    return temporal.convolve(x, _pad_channels(temporal.weight, 1, padding))
+
+
+class _ApplyNorm(nn.Module):
+    """relu(norm(x)) as a module, for `torch.func.functional_call`."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_norm(self.norm, x)
+
+
+def _pad_channels(weight: Tensor, dim: int, padding: int) -> Tensor:
+    """A convolution's weight with zeros added to its outputs (dim 0) or inputs (dim 1), in channels-last memory."""
+    zeros = [0] * 10
+    zeros[2 * (4 - dim) + 1] = padding
+    return F.pad(weight, zeros).contiguous(memory_format=torch.channels_last_3d)
 
 
 class _VideoBlock(nn.Module):
     """Residual block of two (2+1)D convolutions with one mid width for both, as torchvision and GDT have it."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: NormLayer) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, build: "_Builder") -> None:
         super().__init__()
         mid = (27 * in_channels * out_channels) // (9 * in_channels + 3 * out_channels)
         self.conv1 = nn.Sequential(
-            _SpatioTemporalConv(in_channels, out_channels, mid, stride, norm),
-            norm(out_channels),
+            build.factored_conv(in_channels, mid, out_channels, stride),
+            build.norm(out_channels),
             nn.ReLU(inplace=True),
         )
         self.conv2 = nn.Sequential(
-            _SpatioTemporalConv(out_channels, out_channels, mid, 1, norm), norm(out_channels)
+            build.factored_conv(out_channels, mid, out_channels, 1), build.norm(out_channels)
         )
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
-                nn.Conv3d(in_channels, out_channels, 1, stride, bias=False), norm(out_channels)
+                build.conv(in_channels, out_channels, 1, stride, bias=False), build.norm(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.conv2(self.conv1(x)) + shortcut)
+        shortcut = x
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            shortcut = apply_norm(norm, conv(x), relu=False)
+        conv, norm, _ = self.conv1  # the ReLUs hold torchvision's places; apply_norm does their work
+        x = apply_norm(norm, conv(x))
+        conv, norm = self.conv2
+        return apply_norm(norm, conv(x), shortcut)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """How the video encoder's layers are made."""
+
+    norm: NormLayer
+    conv: type[nn.Conv3d]
+    pad_channels: bool
+
+    def factored_conv(
+        self, in_channels: int, mid_channels: int, out_channels: int, stride: int
+    ) -> _SpatioTemporalConv:
+        """1x3x3 to mid_channels and 3x1x1 to out_channels, each with its part of the stride."""
+        return _SpatioTemporalConv(
+            self.conv(in_channels, mid_channels, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False),
+            self.norm(mid_channels),
+            self.conv(mid_channels, out_channels, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False),
+            self.pad_channels,
+        )
 
 
 class R2Plus1D(nn.Module):
@@ -98,31 +219,64 @@ class R2Plus1D(nn.Module):
         config: widths and depths.
         num_classes: adds torchvision's `fc` when given; `classify` then works.
         norm: makes a batch norm from a channel count.
+        compute: how it is computed; weights and results are the same whatever is chosen (to rounding).
     """
 
     def __init__(
-        self, config: VideoEncoderConfig, num_classes: int | None = None, norm: NormLayer = nn.BatchNorm3d
+        self,
+        config: VideoEncoderConfig,
+        num_classes: int | None = None,
+        norm: NormLayer = BatchNorm3d,
+        compute: ComputeConfig | None = None,
     ) -> None:
         super().__init__()
+        compute = compute or ComputeConfig()
+        conv = FactoredConv3d if compute.convolutions == "views" else nn.Conv3d
+        build = _Builder(norm, conv, compute.pad_channels)
         self.out_channels = config.widths[-1]
         self.stem = nn.Sequential(
-            nn.Conv3d(3, config.stem_width, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
+            conv(3, config.stem_width, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
             norm(config.stem_width),
             nn.ReLU(inplace=True),
-            nn.Conv3d(config.stem_width, config.widths[0], (3, 1, 1), 1, (1, 0, 0), bias=False),
+            conv(config.stem_width, config.widths[0], (3, 1, 1), 1, (1, 0, 0), bias=False),
             norm(config.widths[0]),
             nn.ReLU(inplace=True),
         )
-        self.num_stages = _add_stages(self, _VideoBlock, config.widths, config.blocks, norm)
+        self._stem_padding = -config.stem_width % 8 if compute.pad_channels else 0
+        self._checkpoint = compute.activation_checkpointing == "early"
+
+        def block(in_channels: int, out_channels: int, stride: int) -> _VideoBlock:
+            return _VideoBlock(in_channels, out_channels, stride, build)
+
+        self.num_stages = _add_stages(self, block, config.widths, config.blocks)
         self.fc = None if num_classes is None else nn.Linear(self.out_channels, num_classes)
         initialize_weights(self)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Features v. frames: (N, 3, T, H, W) normalised. Returns (N, C, T', H', W'); 3x32x128x128 gives 512x4x8x8."""
-        x = self.stem(frames)
-        for stage in range(1, self.num_stages + 1):
+        # Two thirds of what backward keeps are the stem's and layer1's: those are worth computing twice.
+        x = self._maybe_twice(self.stem, self._run_stem, frames)
+        for block in self.layer1:
+            x = self._maybe_twice(block, block, x)
+        for stage in range(2, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)
         return x
+
+    def _run_stem(self, frames: Tensor) -> Tensor:
+        *factored, norm, _ = self.stem
+        return apply_norm(norm, _factored_forward(*factored, frames, self._stem_padding))
+
+    def _maybe_twice(self, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """run(x); with activation checkpointing nothing inside is kept, and backward runs it once more."""
+        if not (self._checkpoint and torch.is_grad_enabled()):
+            return run(x)
+        return checkpoint(
+            run,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in it is random
+            context_fn=lambda: (nullcontext(), hold_statistics(module)),
+        )
 
     def classify(self, frames: Tensor) -> Tensor:
         """Class logits (N, num_classes) from globally averaged features, as torchvision's forward gives them."""
@@ -148,42 +302,57 @@ class _AudioBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+        shortcut = x
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            shortcut = apply_norm(norm, conv(x), relu=False)
+        x = apply_norm(
+            self.bn1, self.conv1(x)
+        )  # the ReLU holds torchvision's place; apply_norm does its work
+        return apply_norm(self.bn2, self.conv2(x), shortcut)
 
 
 class AudioResNet(nn.Module):
     """f_a: ResNet over one-channel spectrograms, 7x7 stride-2 stem and 3x3 stride-2 max-pool (GDT's ResNet-9)."""
 
-    def __init__(self, config: AudioEncoderConfig, norm: NormLayer = nn.BatchNorm2d) -> None:
+    def __init__(self, config: AudioEncoderConfig, norm: NormLayer = BatchNorm2d) -> None:
         super().__init__()
         self.out_channels = config.widths[-1]
         self.conv1 = nn.Conv2d(1, config.widths[0], 7, 2, 3, bias=False)
         self.bn1 = norm(config.widths[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.num_stages = _add_stages(self, _AudioBlock, config.widths, config.blocks, norm)
+
+        def block(in_channels: int, out_channels: int, stride: int) -> _AudioBlock:
+            return _AudioBlock(in_channels, out_channels, stride, norm)
+
+        self.num_stages = _add_stages(self, block, config.widths, config.blocks)
         initialize_weights(self)
 
     def forward(self, log_mel: Tensor) -> Tensor:
         """Features a. log_mel: (N, 1, F, S) normalised. Returns (N, C, F', S'); 1x257x101 gives 512x9x4."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(log_mel))))
+        x = self.maxpool(apply_norm(self.bn1, self.conv1(log_mel)))
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)
         return x
 
 
 def _add_stages(
-    module: nn.Module, block: type, widths: tuple[int, ...], blocks: tuple[int, ...], norm: NormLayer
+    module: nn.Module,
+    block: Callable[[int, int, int], nn.Module],
+    widths: tuple[int, ...],
+    blocks: tuple[int, ...],
 ) -> int:
-    """Add `layer1`, `layer2`, ... to module; returns how many. Every stage but the first has stride 2."""
+    """Add `layer1`, `layer2`, ... to module; returns how many. Every stage but the first has stride 2.
+
+    block: makes a block from its input channels, output channels and stride.
+    """
     in_channels = widths[0]
     for stage, (width, depth) in enumerate(zip(widths, blocks, strict=True)):
         layers = []
         for index in range(depth):
             stride = 2 if stage > 0 and index == 0 else 1
-            layers.append(block(in_channels, width, stride, norm))
+            layers.append(block(in_channels, width, stride))
             in_channels = width
         module.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
     return len(widths)
@@ -210,56 +379,3 @@ def initialize_weights(module: nn.Module) -> None:
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, shared ones counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-class _GroupedBatchNorm(nn.Module):
-    """Batch norm whose training statistics come from groups of neighbours, as if each group were on its own GPU.
-
-    With one process there are no ranks to shuffle keys over, and a positive pair that shares batch statistics lets
-    the statistics give it away (MoCo, section 3.3). A batch of at most `group_size` clips, or one that `group_size`
-    does not divide, is normalised as a whole. State and evaluation are those of a plain batch norm.
-    """
-
-    group_size: int = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.shape[0] <= self.group_size or x.shape[0] % self.group_size:
-            return super().forward(x)
-        groups, means, variances = [], [], []
-        for group in x.split(self.group_size):
-            # Clones: autograd keeps the running statistics that it was given, so they must not change later.
-            mean, variance = self.running_mean.clone(), self.running_var.clone()
-            groups.append(
-                F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
-            )
-            means.append(mean)
-            variances.append(variance)
-        with torch.no_grad():
-            self.running_mean.copy_(torch.stack(means).mean(0))
-            self.running_var.copy_(torch.stack(variances).mean(0))
-            self.num_batches_tracked.add_(1)
-        return torch.cat(groups)
-
-
-class GroupedBatchNorm2d(_GroupedBatchNorm, nn.BatchNorm2d):
-    """(N, C, H, W); see `_GroupedBatchNorm`."""
-
-
-class GroupedBatchNorm3d(_GroupedBatchNorm, nn.BatchNorm3d):
-    """(N, C, T, H, W); see `_GroupedBatchNorm`."""
-
-
-def build_norm_layers(group_size: int | None) -> tuple[NormLayer, NormLayer]:
-    """(2-D, 3-D) batch-norm constructors; `group_size` None gives torch's own."""
-    if group_size is None:
-        return nn.BatchNorm2d, nn.BatchNorm3d
-
-    def grouped(kind: type[_GroupedBatchNorm]) -> NormLayer:
-        def build(num_features: int) -> nn.Module:
-            layer = kind(num_features)
-            layer.group_size = group_size
-            return layer
-
-        return build
-
-    return grouped(GroupedBatchNorm2d), grouped(GroupedBatchNorm3d)

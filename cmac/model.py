@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,17 +16,20 @@ from cmac.attention import (
     pool_filter,
     predicted_attention,
 )
+from cmac.collectives import Gathered, KeyShuffle, gather_keys, num_ranks, own_rows
+from cmac.compute import ComputeConfig
+from cmac.consistency import consistency_loss
 from cmac.encoders import (
     AudioEncoderConfig,
     AudioResNet,
     R2Plus1D,
     VideoEncoderConfig,
-    build_norm_layers,
     count_parameters,
     initialize_weights,
 )
-from cmac.losses import LossConfig, attention_consistency_loss, contrastive_loss, total_loss
-from cmac.queue import KeyQueue
+from cmac.losses import ContrastiveOutput, LossConfig, Negatives, contrastive_loss, total_loss
+from cmac.norm import build_norm_layers
+from cmac.queue import EMPTY, KeyQueue
 from loaders.video_ops import normalize_frames
 
 
@@ -52,6 +54,9 @@ class ModelConfig:
     """m of the key encoders: key = m * key + (1 - m) * query, before each key forward."""
     queue_length: int = 15_000
     """Past keys kept per modality."""
+    queue_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What past keys are stored as. bfloat16 halves memory and traffic of long queues and moves a logit by about
+    0.01 at the paper's temperature."""
     batch_norm: Literal["shuffle", "sync", "local"] = "shuffle"
     """How positives are kept from sharing batch statistics. `shuffle`: keys are computed on another rank than their
     query (MoCo); on one process, in shuffled groups of `batch_norm_group`. `sync`: SyncBatchNorm over all ranks
@@ -122,9 +127,9 @@ class StepOutput:
     """Share of clips whose visual query is nearest to its positive."""
     accuracy_a2v: Tensor
     """Share of clips whose audio query is nearest to its positive."""
-    keys_v: Tensor
-    """(global N, D) visual keys, for `CMAC.enqueue`."""
-    keys_a: Tensor
+    keys_v: Tensor | None
+    """(global N, D) visual keys, for `CMAC.enqueue`; None where L_cl is not trained."""
+    keys_a: Tensor | None
     """(global N, D) audio keys."""
     video_ids: Tensor
     """(global N,) int64."""
@@ -135,12 +140,12 @@ class StepOutput:
 class CMAC(nn.Module):
     """The model of section 3 with MoCo's momentum encoders and queues.
 
-    A training step is `output = model(...)`, `output.loss.backward()`, `optimizer.step()`,
-    `model.enqueue(output)`.
+    `cmac.step.TrainingStep` trains it: momentum update, forward, backward, optimizer, `enqueue`.
 
     Args:
         config: shapes and the momentum path.
         loss: what is trained; the paper's full model when left out.
+        compute: how it is computed.
         world_size: ranks that will train it; one rank groups its batch norm (`ModelConfig.batch_norm`).
         pixel_mean: mean of frames scaled to [0, 1], subtracted from uint8 frames.
         pixel_std: their standard deviation, divided by.
@@ -151,6 +156,7 @@ class CMAC(nn.Module):
         config: ModelConfig,
         loss: LossConfig | None = None,
         *,
+        compute: ComputeConfig | None = None,
         world_size: int = 1,
         pixel_mean: float = 0.45,
         pixel_std: float = 0.225,
@@ -159,9 +165,12 @@ class CMAC(nn.Module):
         self.config = config
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.loss_config = loss or LossConfig()
+        self.compute = compute or ComputeConfig()
         grouped = config.batch_norm == "shuffle" and world_size == 1
-        norm_2d, norm_3d = build_norm_layers(config.batch_norm_group if grouped else None)
-        video = R2Plus1D(config.video, norm=norm_3d)
+        norm_2d, norm_3d = build_norm_layers(
+            config.batch_norm_group if grouped else None, self.compute.batch_norm_impl()
+        )
+        video = R2Plus1D(config.video, norm=norm_3d, compute=self.compute)
         audio = AudioResNet(config.audio, norm=norm_2d)
         channels = config.filter_channels
         self.video = ModalityBranch(video, CorrelationTransform(video.out_channels, channels, 3, norm_3d))
@@ -177,8 +186,9 @@ class CMAC(nn.Module):
         self.key_heads = copy.deepcopy(self.heads)
         for module in (self.key_video, self.key_audio, self.key_heads):
             module.requires_grad_(False)
-        self.queue_v = KeyQueue(config.queue_length, config.embedding_dim)
-        self.queue_a = KeyQueue(config.queue_length, config.embedding_dim)
+        queue_dtype = getattr(torch, config.queue_dtype)
+        self.queue_v = KeyQueue(config.queue_length, config.embedding_dim, queue_dtype)
+        self.queue_a = KeyQueue(config.queue_length, config.embedding_dim, queue_dtype)
         self._freeze_untrained()
 
     def _freeze_untrained(self) -> None:
@@ -215,10 +225,12 @@ class CMAC(nn.Module):
             return F.normalize(head(filters.float()), dim=1)
 
     def normalize_frames(self, frames: Tensor) -> Tensor:
-        """uint8 frames -> float32, zero mean and unit deviation; float frames pass unchanged."""
+        """uint8 frames -> zero mean and unit deviation, float32 or what autocast computes in; others unchanged."""
         if frames.dtype != torch.uint8:
             return frames
-        return normalize_frames(frames, self.pixel_mean, self.pixel_std)
+        device = frames.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return normalize_frames(frames, self.pixel_mean, self.pixel_std, dtype)
 
     @torch.no_grad()
     def encode(self, frames: Tensor, log_mel: Tensor) -> Encoded:
@@ -249,80 +261,66 @@ class CMAC(nn.Module):
         log_mel: Tensor,
         video_ids: Tensor,
         valid: Tensor,
-        shuffle_seed: int,
+        shuffles: tuple[KeyShuffle, ...] = (),
         second: tuple[Tensor, Tensor] | None = None,
     ) -> StepOutput:
-        """One training forward over this rank's clips: updates the key encoders, leaves the queues alone.
+        """One training forward over this rank's clips; changes neither key encoders nor queues.
 
         Args:
             frames: (N, 3, T, H, W), uint8 or normalised.
             log_mel: (N, 1, F, S), normalised.
             video_ids: (N,) int64; negatives of the same video are left out.
             valid: (N,) bool; false rows enter neither losses nor queues.
-            shuffle_seed: the same on all ranks, another for each step; decides which rank computes which key.
+            shuffles: with batch_norm "shuffle" which rank computes which key: one for the clips and, for
+                within-modal positives, one for the second clips.
             second: frames and log_mel of another clip of the same videos, for within-modal positives.
 
         Raises:
-            ValueError: within-modal positives are to be trained and `second` is missing.
+            ValueError: within-modal positives are to be trained and `second` is missing, or a shuffle is.
         """
         loss = self.loss_config
-        if loss.positives != "cross" and second is None:
-            raise ValueError(
-                f"loss.positives is {loss.positives!r} but the batch has no second clip; "
-                "set loader.clips_per_video to 2"
-            )
+        self._check(shuffles, second)
         feature_v, transformed_v, filter_v = self.video(self.normalize_frames(frames))
         feature_a, transformed_a, filter_a = self.audio(log_mel)
 
-        self.update_key_encoders()
-        keys_v, keys_a = self._keys(frames, log_mel, shuffle_seed)  # (N, D)
-        gathered_ids, gathered_valid = _gather(video_ids), _gather(valid)
-        weight = _loss_weight(valid, gathered_valid)  # (N,)
-        gathered_v, gathered_a = _gather(keys_v), _gather(keys_a)  # (global N, D)
+        shuffle, second_shuffle = (*shuffles, None, None)[:2]
+        keys = self._keys(frames, log_mel, shuffle) if loss.contrastive else ()  # (N, D) each
+        gathered = gather_keys(keys, video_ids, valid, shuffle)
+        # Weights whose gradients, averaged over ranks by DDP, are those of the mean over all valid clips.
+        weight = valid.float() * num_ranks() / gathered.valid.sum().clamp_min(1)  # (N,)
 
         zero = torch.zeros((), device=frames.device)
         contrastive, consistency, accuracy_v2a, accuracy_a2v = zero, zero, zero, zero
         if loss.contrastive:
-            query_v, query_a = self.project(filter_v, "v"), self.project(filter_a, "a")
-            negatives = self._negatives(video_ids, gathered_v, gathered_a, gathered_ids, gathered_valid)
-            (negatives_v, excluded_v), (negatives_a, excluded_a) = negatives
-            pairs = []
-            if loss.positives in ("cross", "both"):
-                # (query, positive, cross keys, cross excluded, within keys, within excluded)
-                pairs.append((query_v, keys_a, negatives_a, excluded_a, negatives_v, excluded_v))
-                pairs.append((query_a, keys_v, negatives_v, excluded_v, negatives_a, excluded_a))
-            if loss.positives in ("within", "both"):
-                second_v, second_a = self._keys(*second, shuffle_seed + 1)
-                pairs.append((query_v, second_v, negatives_v, excluded_v, None, None))
-                pairs.append((query_a, second_a, negatives_a, excluded_a, None, None))
+            queries = self.project(filter_v, "v"), self.project(filter_a, "a")  # (N, D) each
+            negatives = self._negatives(gathered)
             outputs = []
-            for query, key, cross, cross_excluded, within, within_excluded in pairs:
-                outputs.append(
-                    contrastive_loss(
-                        query,
-                        key,
-                        cross,
-                        within if loss.within_negatives else None,
-                        loss.temperature,
-                        cross_excluded=cross_excluded,
-                        within_excluded=within_excluded,
-                    )
+            if loss.positives in ("cross", "both"):
+                positives = tuple(own_rows(part, len(video_ids)) for part in gathered.keys)
+                outputs += self._cross_modal(queries, positives, negatives, video_ids)
+            if loss.positives in ("within", "both"):
+                second_keys = gather_keys(
+                    self._keys(*second, second_shuffle), video_ids, valid, second_shuffle
                 )
+                for query, part, bank in zip(queries, second_keys.keys, negatives, strict=True):
+                    outputs.append(self._contrast(query, own_rows(part, len(video_ids)), [bank], video_ids))
             contrastive = sum((output.loss * weight).sum() for output in outputs)
             accuracy_v2a = (outputs[0].correct * weight).sum()
             accuracy_a2v = (outputs[1].correct * weight).sum()
         if loss.consistency_weight > 0:
             # Choice: filters of the query encoders; Eqs. (3) and (4) never mention keys.
-            guided_v = guided_attention(transformed_v, filter_a, self.config.attention)
-            guided_a = guided_attention(transformed_a, filter_v, self.config.attention)
-            if self.config.attention.detach_target:
-                guided_v, guided_a = guided_v.detach(), guided_a.detach()
-            for guided, saliency, feature in (
-                (guided_v, self.saliency_v, feature_v),
-                (guided_a, self.saliency_a, feature_a),
+            for transformed, other_filter, saliency, feature in (
+                (transformed_v, filter_a, self.saliency_v, feature_v),
+                (transformed_a, filter_v, self.saliency_a, feature_a),
             ):
-                predicted = predicted_attention(saliency(feature))
-                per_clip = attention_consistency_loss(guided, predicted, loss.consistency_reduction)
+                per_clip = consistency_loss(
+                    transformed,
+                    other_filter,
+                    saliency(feature),
+                    self.config.attention,
+                    loss.consistency_reduction,
+                    self.compute.losses,
+                )
                 consistency = consistency + (per_clip * weight).sum()
         return StepOutput(
             loss=total_loss(contrastive, consistency, loss.consistency_weight),
@@ -330,28 +328,68 @@ class CMAC(nn.Module):
             consistency=consistency.detach(),
             accuracy_v2a=accuracy_v2a,
             accuracy_a2v=accuracy_a2v,
-            keys_v=gathered_v,
-            keys_a=gathered_a,
-            video_ids=gathered_ids,
-            valid=gathered_valid,
+            keys_v=gathered.keys[0] if keys else None,
+            keys_a=gathered.keys[1] if keys else None,
+            video_ids=gathered.video_ids,
+            valid=gathered.valid,
         )
 
-    def _negatives(
-        self, video_ids: Tensor, keys_v: Tensor, keys_a: Tensor, key_ids: Tensor, key_valid: Tensor
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """((visual keys, excluded), (audio keys, excluded)) from the queues or from the global batch."""
-        if self.loss_config.negatives == "queue":
-            return (
-                (self.queue_v.keys, self.queue_v.excluded(video_ids)),
-                (self.queue_a.keys, self.queue_a.excluded(video_ids)),
-            )
-        excluded = (key_ids == video_ids[:, None]) | ~key_valid
-        return (keys_v, excluded), (keys_a, excluded)
+    def num_shuffles(self) -> int:
+        """How many `KeyShuffle`s a forward takes."""
+        if self.config.batch_norm != "shuffle" or not self.loss_config.contrastive:
+            return 0
+        return 1 if self.loss_config.positives == "cross" else 2
 
-    @torch.no_grad()
-    def update_key_encoders(self) -> None:
-        """key = m * key + (1 - m) * query for f, g and the heads of both modalities; batch-norm statistics of the
-        key encoders follow from their own forwards, as in MoCo."""
+    def _check(self, shuffles: tuple[KeyShuffle, ...], second: tuple[Tensor, Tensor] | None) -> None:
+        if self.loss_config.positives != "cross" and second is None:
+            raise ValueError(
+                f"loss.positives is {self.loss_config.positives!r} but the batch has no second clip; "
+                "set loader.clips_per_video to 2"
+            )
+        if len(shuffles) != self.num_shuffles():
+            raise ValueError(
+                f"{len(shuffles)} shuffles were given, expected {self.num_shuffles()} for model.batch_norm "
+                f"{self.config.batch_norm!r}; draw them with KeyShuffle.draw"
+            )
+
+    def _cross_modal(
+        self,
+        queries: tuple[Tensor, Tensor],
+        positives: tuple[Tensor, Tensor],
+        negatives: tuple[Negatives, Negatives],
+        video_ids: Tensor,
+    ) -> list[ContrastiveOutput]:
+        """Eq. (7) in both directions: vision against sound, sound against vision."""
+        (query_v, query_a), (key_v, key_a), (bank_v, bank_a) = queries, positives, negatives
+        if not self.loss_config.within_negatives:
+            return [
+                self._contrast(query_v, key_a, [bank_a], video_ids),
+                self._contrast(query_a, key_v, [bank_v], video_ids),
+            ]
+        # Both directions have the same negatives, so one pass over them serves both.
+        both = self._contrast(
+            torch.cat([query_v, query_a]), torch.cat([key_a, key_v]), [bank_a, bank_v], video_ids.repeat(2)
+        )
+        halves = zip(both.loss.chunk(2), both.correct.chunk(2), strict=True)
+        return [ContrastiveOutput(*half) for half in halves]
+
+    def _contrast(
+        self, query: Tensor, key: Tensor, negatives: list[Negatives], video_ids: Tensor
+    ) -> ContrastiveOutput:
+        temperature, impl = self.loss_config.temperature, self.compute.losses
+        return contrastive_loss(query, key, video_ids, negatives, temperature, impl)
+
+    def _negatives(self, gathered: Gathered) -> tuple[Negatives, Negatives]:
+        """Visual and audio keys to tell the positive from, of the queues or of the global batch."""
+        if self.loss_config.negatives == "queue":
+            return tuple(Negatives(queue.keys, queue.video_ids) for queue in (self.queue_v, self.queue_a))
+        video_ids = torch.where(gathered.valid, gathered.video_ids, EMPTY)
+        return tuple(Negatives(part, video_ids) for part in gathered.keys)
+
+    def momentum_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(query, key) parameters of f, g and the heads of both modalities, for the momentum update
+        key = m * key + (1 - m) * query. Batch-norm statistics of the key encoders follow from their own forwards, as in
+        MoCo."""
         queries, keys = [], []
         for query, key in (
             (self.video, self.key_video),
@@ -360,25 +398,21 @@ class CMAC(nn.Module):
         ):
             queries += [parameter.detach() for parameter in query.parameters()]
             keys += list(key.parameters())
-        torch._foreach_lerp_(keys, queries, 1 - self.config.momentum)
+        return queries, keys
 
     @torch.no_grad()
-    def _keys(self, frames: Tensor, log_mel: Tensor, shuffle_seed: int) -> tuple[Tensor, Tensor]:
-        """Keys of this rank's clips, (N, D) each; with batch_norm "shuffle" computed among other clips."""
-        shuffle = self.config.batch_norm == "shuffle"
-        if shuffle:
-            order = _shuffled_order(len(frames) * _world_size(), shuffle_seed).to(
-                frames.device, non_blocking=True
-            )
-            frames, log_mel = _take_shuffled(frames, order), _take_shuffled(log_mel, order)
+    def _keys(self, frames: Tensor, log_mel: Tensor, shuffle: KeyShuffle | None) -> tuple[Tensor, Tensor]:
+        """Visual and audio keys, (N, D) each: of this rank's clips, or of those that a shuffle deals it."""
+        if shuffle is not None:
+            frames, log_mel = shuffle.take(frames), shuffle.take(log_mel)
         keys_v = self.project(self.key_video(self.normalize_frames(frames))[2], "v", self.key_heads)
         keys_a = self.project(self.key_audio(log_mel)[2], "a", self.key_heads)
-        if shuffle:
-            keys_v, keys_a = _put_back(keys_v, order), _put_back(keys_a, order)
         return keys_v, keys_a
 
     def enqueue(self, output: StepOutput) -> None:
         """Move a step's keys into the queues; call it after backward, which still needs the old entries."""
+        if output.keys_v is None:
+            return
         self.queue_v.enqueue(output.keys_v, output.video_ids, output.valid)
         self.queue_a.enqueue(output.keys_a, output.video_ids, output.valid)
 
@@ -395,47 +429,3 @@ def _build_heads(config: ModelConfig) -> nn.ModuleDict:
 
     names = ("shared",) if config.head.startswith("shared") else ("v", "a")
     return nn.ModuleDict({name: head() for name in names})
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _world_size() > 1 else 0
-
-
-@torch.no_grad()
-def _gather(tensor: Tensor) -> Tensor:
-    """All ranks' rows in rank order, without gradient: (N, ...) -> (global N, ...)."""
-    tensor = tensor.detach()
-    if _world_size() == 1:
-        return tensor
-    gathered = tensor.new_empty(_world_size() * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor.contiguous())
-    return gathered
-
-
-def _loss_weight(valid: Tensor, gathered_valid: Tensor) -> Tensor:
-    """(N,) weights whose gradients, averaged over ranks by DDP, are those of the mean over all valid clips."""
-    return valid.float() * _world_size() / gathered_valid.sum().clamp_min(1)
-
-
-def _shuffled_order(num_clips: int, seed: int) -> Tensor:
-    return torch.randperm(num_clips, generator=torch.Generator().manual_seed(seed))
-
-
-def _take_shuffled(tensor: Tensor, order: Tensor) -> Tensor:
-    """This rank's share of the global batch in shuffled order."""
-    num_clips = tensor.shape[0]
-    gathered = _gather(tensor)
-    return gathered[order[_rank() * num_clips : (_rank() + 1) * num_clips]]
-
-
-def _put_back(keys: Tensor, order: Tensor) -> Tensor:
-    """Undo `_take_shuffled`: keys of this rank's own clips, in their order."""
-    num_clips = keys.shape[0]
-    shuffled = _gather(keys)
-    gathered = torch.empty_like(shuffled)
-    gathered[order] = shuffled
-    return gathered[_rank() * num_clips : (_rank() + 1) * num_clips]

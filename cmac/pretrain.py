@@ -5,19 +5,19 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from cmac.checkpoint import build_model, list_checkpoints, read_checkpoint, save_checkpoint
-from cmac.config import OptimizerConfig, RunConfig, config_to_dict
+from cmac.config import RunConfig, config_to_dict
 from cmac.model import CMAC, StepOutput
+from cmac.optim import OptimizerConfig
 from cmac.provenance import git_commit
 from cmac.run_log import RunLog
+from cmac.step import Precision, TrainingStep
 from loaders import Loader
 from loaders.batch import ClipBatch
 from shards.manifest import write_atomically
@@ -35,28 +35,7 @@ def learning_rate_at(
     return peak * warmup
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over all trained parameters; weight decay on every one of them, as section 4.1 states it."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = parameters[0].device.type == "cuda"
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.momentum, 0.999),
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
+def resolve_precision(precision: str, device: torch.device) -> Precision:
     """`auto` -> bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU; anything else unchanged."""
     if precision != "auto":
         return precision
@@ -95,52 +74,41 @@ class Pretraining:
         self.commit = git_commit() if self.rank == 0 else None
 
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.world_size).to(device)
-        if config.model.batch_norm == "sync" and self.world_size > 1:
-            if device.type != "cuda":
-                raise ValueError(
-                    "model.batch_norm is 'sync', which needs CUDA; on CPU use 'shuffle' or 'local'"
-                )
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        if config.channels_last:
-            use_channels_last(self.model)
-        self.model.train()
-        self.precision = resolve_precision(config.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.forward: nn.Module = self.model
-        if self.distributed and self.world_size > 1:
-            self.forward = DistributedDataParallel(
-                self.model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # queues are equal on all ranks, batch-norm statistics are each rank's own
-                gradient_as_bucket_view=True,
-            )
+        self.trainer = TrainingStep(
+            build_model(config, self.world_size),
+            config.optimizer,
+            device=device,
+            precision=resolve_precision(config.precision, device),
+            channels_last=config.channels_last,
+        )
 
-    def learning_rate(self) -> float:
-        """Learning rate of the next step."""
+    @property
+    def model(self) -> CMAC:
+        """The model in training."""
+        return self.trainer.model
+
+    def learning_rate(self, step: int | None = None) -> float:
+        """Learning rate of a step (counted from 0); of the next one if left out."""
         optimizer = self.config.optimizer
-        return learning_rate_at(optimizer, self.step, self.steps_per_epoch, self.total_steps, self.world_size)
+        step = self.step if step is None else step
+        return learning_rate_at(optimizer, step, self.steps_per_epoch, self.total_steps, self.world_size)
 
     def train_step(self, batch: ClipBatch) -> StepOutput:
         """One optimization step of Eq. (8) on this rank's part of a global batch; nothing waits for the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
         batch = batch.to(self.device)
-        second = None if batch.second is None else (batch.second.frames, batch.second.log_mel)
-        valid = batch.valid if batch.second is None else batch.valid & batch.second.valid
-        with self._autocast():
-            output = self.forward(
-                batch.frames, batch.log_mel, batch.video_ids, valid, self._shuffle_seed(), second
-            )
-        self.scaler.scale(output.loss).backward()
-        if self.config.optimizer.clip_gradient_norm > 0:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_gradient_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.enqueue(output)
+        second, valid = None, batch.valid
+        if batch.second is not None:
+            second = batch.second.frames, batch.second.log_mel
+            valid = valid & batch.second.valid
+        output = self.trainer(
+            batch.frames,
+            batch.log_mel,
+            batch.video_ids,
+            valid,
+            learning_rate=self.learning_rate(),
+            shuffle_seed=self._shuffle_seed(),
+            second=second,
+        )
         self.step += 1
         return output
 
@@ -149,10 +117,6 @@ class Pretraining:
         digest = hashlib.blake2b(f"{self.config.seed}/{self.step}".encode(), digest_size=7).digest()
         return int.from_bytes(digest, "big")
 
-    def _autocast(self) -> AbstractContextManager:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
-
     def state_dict(self, loader: Loader) -> dict:
         """What resuming exactly needs, beside the configuration. All ranks must call it."""
         states = [self._rng_state()]
@@ -160,9 +124,7 @@ class Pretraining:
             states = [None] * self.world_size
             dist.all_gather_object(states, self._rng_state())
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.trainer.state_dict(),
             "loader": loader.state_dict(),
             "rng": states,
             "train_seconds": self.train_seconds,
@@ -175,17 +137,7 @@ class Pretraining:
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
         self.bad_clips = state["bad_clips"]
-        self.model.load_state_dict(state["model"])
-        configured = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, configured, strict=True):
-            # The file brings the momentum; weight decay and the like are this configuration's.
-            group.update(values)
-        if state["scaler"]:  # empty when the precision so far needed no loss scaling
-            self.scaler.load_state_dict(state["scaler"])
+        self.trainer.load_state_dict(state)
         loader.load_state_dict(state["loader"])
         if len(state["rng"]) == self.world_size:
             # Nothing in the step draws from these generators today (crops and shuffles have seeds of their own).
@@ -199,14 +151,6 @@ class Pretraining:
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
-
-
-def use_channels_last(model: CMAC) -> None:
-    """Store convolution weights channels-last, so that activations follow."""
-    for module in (model.video, model.key_video, model.saliency_v):
-        module.to(memory_format=torch.channels_last_3d)
-    for module in (model.audio, model.key_audio, model.saliency_a):
-        module.to(memory_format=torch.channels_last)
 
 
 def pretrain(config: RunConfig, loader: Loader, device: torch.device) -> Pretraining:
@@ -234,7 +178,7 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
         for name, count in training.model.parameter_counts().items():
             print(f"{name}: {count:,} parameters", flush=True)
         plan = f"{training.total_steps} steps of {config.loader.global_batch_size} clips"
-        print(f"{plan}, {training.precision}, {training.world_size} rank(s) on {device}", flush=True)
+        print(f"{plan}, {training.trainer.precision}, {training.world_size} rank(s) on {device}", flush=True)
         _warn_of_shared_statistics(training)
     return training
 
@@ -421,7 +365,7 @@ class _Meter:
             "loss_consistency": means["consistency"],
             "accuracy_v2a": means["accuracy_v2a"],
             "accuracy_a2v": means["accuracy_a2v"],
-            "learning_rate": training.optimizer.param_groups[0]["lr"],
+            "learning_rate": training.learning_rate(training.step - 1),
             "clips_per_second": num_clips / seconds,
             "data_wait_fraction": min(1.0, wait_seconds.item() / seconds),
             "bad_clips": training.bad_clips,

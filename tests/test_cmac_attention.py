@@ -14,7 +14,7 @@ from cmac.attention import (
     pool_filter,
     predicted_attention,
 )
-from cmac.encoders import build_norm_layers
+from cmac.norm import build_norm_layers
 
 NORM_2D, NORM_3D = build_norm_layers(None)
 SIZES = [(4, 8, 8), (9, 4), (1, 1), (1, 1, 1), (1, 3, 5), (17, 7)]

@@ -1,16 +1,19 @@
 """The encoders are torchvision's in names, shapes and numbers, and as large as the paper says."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmac.compute import ComputeConfig
 from cmac.encoders import (
     AudioEncoderConfig,
     AudioResNet,
-    GroupedBatchNorm2d,
+    FactoredConv3d,
     R2Plus1D,
     VideoEncoderConfig,
-    build_norm_layers,
     count_parameters,
 )
 
@@ -70,27 +73,125 @@ def test_widths_and_blocks_of_different_length_are_refused(config):
         config(widths=(8, 16), blocks=(1,))
 
 
-def test_grouped_batch_norm_normalizes_each_group_by_itself():
-    norm_2d, _ = build_norm_layers(4)
-    grouped, plain = norm_2d(3), nn.BatchNorm2d(3)
-    x = torch.randn(8, 3, 5, 5, requires_grad=True)
-    out = grouped(x)
-    expected = torch.cat([nn.BatchNorm2d(3)(x[:4]), nn.BatchNorm2d(3)(x[4:])])
-    torch.testing.assert_close(out, expected)
-    out.square().sum().backward()
-    assert x.grad is not None and grouped.num_batches_tracked == 1
-
-    first, second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    first(x[:4]), second(x[4:])
-    torch.testing.assert_close(grouped.running_mean, (first.running_mean + second.running_mean) / 2)
-    torch.testing.assert_close(grouped.running_var, (first.running_var + second.running_var) / 2)
-    plain.load_state_dict(grouped.state_dict(), strict=True)
-    torch.testing.assert_close(grouped.eval()(x), plain.eval()(x))
+def full_gradients(
+    encoder: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Output, parameter gradients and statistics of one training pass over float64 frames."""
+    frames = torch.randn(4, 3, 6, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    output = run(frames.to(memory_format=torch.channels_last_3d))
+    output.square().mean().backward()
+    gradients = {f"grad.{name}": p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **gradients, **encoder.state_dict()}
 
 
-@pytest.mark.parametrize("num_clips", [1, 4, 6])
-def test_grouped_batch_norm_takes_undividable_batches_whole(num_clips):
-    norm = build_norm_layers(4)[0](3)
-    assert isinstance(norm, GroupedBatchNorm2d)
-    x = torch.randn(num_clips, 3, 5, 5)
-    torch.testing.assert_close(norm(x), nn.BatchNorm2d(3)(x))
+@pytest.mark.parametrize(
+    "compute",
+    [
+        ComputeConfig(),
+        ComputeConfig(convolutions="conv3d"),
+        ComputeConfig(pad_channels=True),
+        ComputeConfig(activation_checkpointing="early"),
+        ComputeConfig(activation_checkpointing="early", pad_channels=True),
+    ],
+    ids=["views", "conv3d", "padded", "checkpointed", "checkpointed-padded"],
+)
+def test_every_way_to_compute_gives_torchvisions_outputs_gradients_and_statistics(compute):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    theirs = torchvision.models.video.r2plus1d_18()
+    theirs.fc = None
+    theirs = theirs.double().train()
+    ours = R2Plus1D(VideoEncoderConfig(), compute=compute).double().train()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    ours.to(memory_format=torch.channels_last_3d)
+
+    def their_features(x: torch.Tensor) -> torch.Tensor:
+        for part in (theirs.stem, theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            x = part(x)
+        return x
+
+    expected, got = full_gradients(theirs, their_features), full_gradients(ours, ours)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().clamp_min(1.0)
+        assert (got[name] - value).abs().max() <= 1e-10 * scale, name
+
+
+def test_factored_convolutions_copy_neither_activations_nor_weights():
+    for conv, size in (
+        (FactoredConv3d(5, 6, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False), (2, 5, 4, 9, 7)),
+        (FactoredConv3d(5, 6, (3, 1, 1), (2, 1, 1), (1, 0, 0), bias=False), (2, 5, 5, 9, 7)),
+        (FactoredConv3d(5, 6, 1, bias=False), (2, 5, 4, 9, 7)),
+    ):
+        conv.to(memory_format=torch.channels_last_3d)
+        x = torch.randn(size).to(memory_format=torch.channels_last_3d).requires_grad_()
+        with Calls() as calls:
+            y = conv(x)
+            y.backward(torch.ones_like(y))
+        computing = [(function, args) for function, args in calls if not function.is_view]
+        names = [function.name().split("::")[1] for function, _ in computing]
+        assert names == ["convolution", "ones_like", "convolution_backward"]
+        images, weight = computing[0][1][:2]
+        assert images.data_ptr() == x.data_ptr() and images.dim() == 4
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert weight.data_ptr() == conv.weight.data_ptr()
+        assert y.is_contiguous(memory_format=torch.channels_last_3d)
+        torch.testing.assert_close(y, nn.functional.conv3d(x, conv.weight, None, conv.stride, conv.padding))
+
+
+class Calls(TorchDispatchMode):
+    """Records the operators that run, with their arguments."""
+
+    def __enter__(self) -> list:
+        super().__enter__()
+        self.calls = []
+        return self.calls
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1)])
+def test_factored_convolutions_take_any_kernel_and_memory(kernel):
+    conv = FactoredConv3d(3, 4, kernel, 2, 1, bias=False)
+    x = torch.randn(2, 3, 5, 8, 6)
+    expected = nn.functional.conv3d(x, conv.weight, None, 2, 1)
+    torch.testing.assert_close(conv(x), expected)
+    torch.testing.assert_close(conv(x.to(memory_format=torch.channels_last_3d)), expected)
+
+
+def test_checkpointing_keeps_less_for_backward():
+    kept = {}
+    for compute in (ComputeConfig(), ComputeConfig(activation_checkpointing="early")):
+        encoder = R2Plus1D(VideoEncoderConfig(widths=(8, 16), blocks=(2, 1), stem_width=5), compute=compute)
+        seen: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = encoder(torch.randn(2, 3, 4, 32, 32))
+        kept[compute.activation_checkpointing] = sum(seen.values())
+        output.sum().backward()
+    assert kept["early"] < 0.5 * kept["none"]
+
+
+def test_padded_channels_leave_no_trace_in_the_state():
+    config = VideoEncoderConfig(widths=(8, 16), blocks=(1, 1), stem_width=5)
+    plain, padded = R2Plus1D(config), R2Plus1D(config, compute=ComputeConfig(pad_channels=True))
+    with Calls() as calls:
+        padded.eval()(torch.randn(1, 3, 4, 16, 16).to(memory_format=torch.channels_last_3d))
+    outputs = {args[1].shape[0] for function, args in calls if function.name() == "aten::convolution"}
+    assert outputs == {8, 16, 24, 32}  # widths 8 and 16; mid widths 5, 18 and 28
+    shapes = [{name: value.shape for name, value in m.state_dict().items()} for m in (plain, padded)]
+    assert shapes[0] == shapes[1]
+
+
+def test_compiling_and_checkpointing_exclude_each_other():
+    with pytest.raises(ValueError, match="compute.activation_checkpointing 'early'; use one of them"):
+        ComputeConfig(compile=True, activation_checkpointing="early")
+    with pytest.raises(ValueError, match="compute.batch_norm 'fused'"):
+        ComputeConfig(compile=True, batch_norm="fused")
+    assert ComputeConfig(compile=True).batch_norm_impl() == "reference"

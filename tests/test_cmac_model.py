@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cmac.attention import AttentionConfig
+from cmac.collectives import KeyShuffle
 from cmac.config import pretrain_k400
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.losses import LossConfig
-from cmac.model import CMAC, ModelConfig
+from cmac.model import CMAC, ModelConfig, StepOutput
+from cmac.optim import build_momentum_update
 from cmac.queue import EMPTY
 
 TINY = ModelConfig(
@@ -38,6 +40,15 @@ def clips(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.
 def build(loss: LossConfig | None = None, **changes: object) -> CMAC:
     torch.manual_seed(0)
     return CMAC(dataclasses.replace(TINY, **changes), loss)
+
+
+def forward(
+    model: nn.Module, batch: tuple, seed: int, second: tuple | None = None, module: CMAC | None = None
+) -> StepOutput:
+    """One forward with the shuffles that the model wants."""
+    count = (module or model).num_shuffles()
+    shuffles = tuple(KeyShuffle.draw(len(batch[0]), seed + index) for index in range(count))
+    return model(*batch, shuffles, second)
 
 
 def test_full_size_model_has_the_papers_parameter_counts():
@@ -71,8 +82,8 @@ def test_every_trained_parameter_gets_a_gradient_and_keys_get_none():
         LossConfig(positives="within", consistency_weight=0.0),
     ):
         model = build(loss)
-        model.enqueue(model(*clips(4), 0, clips(4, 5)[:2]))
-        output = model(*clips(4, 1), 1, clips(4, 6)[:2])
+        model.enqueue(forward(model, clips(4), 0, clips(4, 5)[:2]))
+        output = forward(model, clips(4, 1), 1, clips(4, 6)[:2])
         output.loss.backward()
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, (loss, name)
@@ -81,10 +92,10 @@ def test_every_trained_parameter_gets_a_gradient_and_keys_get_none():
 
 def test_first_step_with_empty_queues_has_no_contrastive_loss_and_later_ones_do():
     model = build()
-    first = model(*clips(4), 0)
+    first = forward(model, clips(4), 0)
     assert first.contrastive.item() == 0
     model.enqueue(first)
-    second = model(*clips(4, 1), 1)
+    second = forward(model, clips(4, 1), 1)
     assert second.contrastive.item() > 0
     model.enqueue(second)
     assert (model.queue_v.video_ids != EMPTY).sum() == 8
@@ -94,12 +105,14 @@ def test_first_step_with_empty_queues_has_no_contrastive_loss_and_later_ones_do(
 
 def test_clips_of_the_same_video_are_no_negatives():
     model = build()
-    model.enqueue(model(*clips(4), 0))
-    again = model(*clips(4), 1)  # the same four videos: each query has three negatives per modality left
+    model.enqueue(forward(model, clips(4), 0))
+    again = forward(
+        model, clips(4), 1
+    )  # the same four videos: each query has three negatives per modality left
     frames, log_mel, ids, valid = clips(4)
     other = build()
     other.load_state_dict(model.state_dict())
-    strangers = other(frames, log_mel, ids + 1000, valid, 1)
+    strangers = forward(other, (frames, log_mel, ids + 1000, valid), 1)
     assert strangers.contrastive > again.contrastive
 
 
@@ -109,7 +122,7 @@ def test_key_encoders_follow_the_query_encoders_by_the_momentum():
         for parameter in model.video.parameters():
             parameter.add_(1.0)
     before = [parameter.clone() for parameter in model.key_video.parameters()]
-    model.update_key_encoders()
+    build_momentum_update(*model.momentum_pairs(), 0.9, "torch").step()
     pairs = zip(before, model.key_video.parameters(), model.video.parameters(), strict=True)
     for old, new, query in pairs:
         torch.testing.assert_close(new, 0.9 * old + 0.1 * query)
@@ -119,28 +132,43 @@ def test_targets_are_held_fixed_only_on_request():
     held = build(LossConfig(contrastive=False))
     assert not any(parameter.requires_grad for parameter in held.video.transform.parameters())
     free = build(LossConfig(contrastive=False), attention=AttentionConfig(detach_target=False))
-    free(*clips(4), 0).loss.backward()
+    forward(free, clips(4), 0).loss.backward()
     assert all(parameter.grad is not None for parameter in free.video.transform.parameters())
 
 
 def test_invalid_clips_change_neither_losses_nor_queues():
     frames, log_mel, ids, valid = clips(6)
     model = build().eval()  # batch norm by running statistics: rows do not see each other
-    model.enqueue(model(*clips(6, 3), 0))
-    whole = model(frames[:4], log_mel[:4], ids[:4], valid[:4], 1)
+    model.enqueue(forward(model, clips(6, 3), 0))
+    whole = forward(model, (frames[:4], log_mel[:4], ids[:4], valid[:4]), 1)
     valid[4:] = False
     frames[4:], log_mel[4:] = 0, 1e6
-    # A second momentum update leaves key encoders where equal query encoders put them.
-    padded = model(frames, log_mel, ids, valid, 1)
+    padded = forward(model, (frames, log_mel, ids, valid), 1)
     torch.testing.assert_close(padded.loss, whole.loss)
     torch.testing.assert_close(padded.accuracy_v2a, whole.accuracy_v2a)
     model.enqueue(padded)
     assert not set(ids[4:].tolist()) & set(model.queue_a.video_ids.tolist())
 
 
+def test_shuffles_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="0 shuffles were given, expected 1 for model.batch_norm 'shuffle'"):
+        build(batch_norm="shuffle")(*clips(2))
+
+
+def test_without_the_contrastive_loss_no_keys_are_computed():
+    model = build(LossConfig(contrastive=False), batch_norm="shuffle")
+    before = {name: value.clone() for name, value in model.key_video.state_dict().items()}
+    output = forward(model, clips(4), 0)
+    assert output.keys_v is None and output.keys_a is None and output.contrastive == 0
+    model.enqueue(output)
+    assert (model.queue_v.video_ids == EMPTY).all()
+    for name, value in model.key_video.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_within_positives_without_second_clips_say_what_to_set():
     with pytest.raises(ValueError, match="loader.clips_per_video to 2"):
-        build(LossConfig(positives="both"))(*clips(2), 0)
+        forward(build(LossConfig(positives="both")), clips(2), 0)
 
 
 def test_encode_gives_unit_embeddings_and_maps_in_range():
@@ -154,9 +182,9 @@ def test_encode_gives_unit_embeddings_and_maps_in_range():
 
 def test_keys_and_losses_are_float32_under_half_precision_autocast():
     model = build()
-    model.enqueue(model(*clips(4), 0))
+    model.enqueue(forward(model, clips(4), 0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(*clips(4, 1), 1)
+        output = forward(model, clips(4, 1), 1)
         filters = model.audio(clips(4)[1])[2]
         assert model.audio.encoder(clips(4)[1]).dtype == torch.bfloat16
         assert torch.equal(model.project(filters, "a"), model.project(filters.float(), "a"))
@@ -178,7 +206,7 @@ def test_shuffled_groups_on_one_process_keep_keys_in_their_rows():
     """With running statistics shuffling must not change a key, whatever the permutation."""
     shuffled, local = build(batch_norm="shuffle", batch_norm_group=2).eval(), build().eval()
     local.load_state_dict(shuffled.state_dict())
-    one, two = shuffled(*clips(6), 11), local(*clips(6), 12)
+    one, two = forward(shuffled, clips(6), 11), forward(local, clips(6), 12)
     torch.testing.assert_close(one.keys_v, two.keys_v)
     torch.testing.assert_close(one.keys_a, two.keys_a)
 
@@ -187,7 +215,7 @@ def test_shuffled_groups_give_keys_other_batch_statistics_than_queries():
     torch.manual_seed(0)
     model = build(batch_norm="shuffle", batch_norm_group=2, momentum=1.0)
     query = model.project(model.video(model.normalize_frames(clips(6)[0]))[2], "v")
-    keys = [model(*clips(6), seed).keys_v for seed in (0, 1)]
+    keys = [forward(model, clips(6), seed).keys_v for seed in (0, 1)]
     assert not torch.allclose(keys[0], query) and not torch.allclose(keys[0], keys[1])
 
 
@@ -203,12 +231,15 @@ def _steps(model: nn.Module, module: CMAC, rank: int, world_size: int) -> dict[s
         if isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm3d)):
             layer.eval()  # frozen statistics: what a clip gives does not depend on its batch
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05)
+    momentum_update = build_momentum_update(*module.momentum_pairs(), module.config.momentum, "torch")
     share = 8 // world_size
     part = slice(rank * share, (rank + 1) * share)
     for step in range(3):
         frames, log_mel, ids, valid = clips(8, step)
         valid[5] = step != 1
-        output = model(frames[part], log_mel[part], ids[part], valid[part], step)
+        batch = frames[part], log_mel[part], ids[part], valid[part]
+        momentum_update.step()
+        output = forward(model, batch, step, module=module)
         optimizer.zero_grad()
         output.loss.backward()
         gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}

@@ -1,0 +1,239 @@
+"""One optimization step of Eq. (8): momentum update, forward, backward, optimizer, queues. Needs torch alone."""
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cmac.collectives import KeyShuffle, num_ranks
+from cmac.model import CMAC, StepOutput
+from cmac.optim import OptimizerConfig, build_momentum_update, build_optimizer, set_learning_rate
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingStep:
+    """A model with what trains it on one rank. Calling it takes one step; nothing in it waits for the device.
+
+    Encoders compute in `precision`; weights, batch-norm statistics, attention, losses, optimizer and momentum update
+    are float32. With torch.distributed it is wrapped in DistributedDataParallel.
+
+    Args:
+        model: moved to `device`.
+        optimizer: what updates it, and by which library.
+        device: where this rank computes.
+        precision: of the encoders; fp16 scales the loss.
+        channels_last: keep weights and activations channels-last.
+
+    Raises:
+        ValueError: the options do not go together, or the machine lacks what one needs.
+    """
+
+    def __init__(
+        self,
+        model: CMAC,
+        optimizer: OptimizerConfig,
+        *,
+        device: torch.device | str,
+        precision: Precision = "fp32",
+        channels_last: bool = True,
+    ) -> None:
+        self.device = torch.device(device)
+        self.precision = precision
+        self.compute = model.compute
+        self._check(model)
+        model = model.to(self.device)
+        if model.config.batch_norm == "sync" and num_ranks() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if channels_last:
+            use_channels_last(model)
+        if self.compute.compile:
+            for branch in (model.video, model.audio, model.key_video, model.key_audio):
+                branch.encoder.compile(dynamic=False)
+        self.model = model.train()
+        self.clip_gradient_norm = optimizer.clip_gradient_norm
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(parameters, optimizer, capturable=self.compute.cuda_graph)
+        self.momentum_update = build_momentum_update(
+            *model.momentum_pairs(), model.config.momentum, optimizer.backend
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.forward: nn.Module = model
+        if num_ranks() > 1:
+            self.forward = DistributedDataParallel(
+                model,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,  # queues are equal on all ranks, batch-norm statistics are each rank's own
+                gradient_as_bucket_view=True,
+            )
+        self._graph = _StepGraph(self._run) if self.compute.cuda_graph else None
+
+    def _check(self, model: CMAC) -> None:
+        if self.precision not in _AUTOCAST:
+            raise ValueError(f"precision is {self.precision!r}, expected {' or '.join(_AUTOCAST)}")
+        if model.config.batch_norm == "sync" and num_ranks() > 1 and self.device.type != "cuda":
+            raise ValueError("model.batch_norm is 'sync', which needs CUDA; on CPU use 'shuffle' or 'local'")
+        if not self.compute.cuda_graph:
+            return
+        if self.device.type != "cuda" or num_ranks() > 1 or self.precision == "fp16":
+            raise ValueError(
+                f"compute.cuda_graph is True on {self.device.type} with {num_ranks()} rank(s) and precision "
+                f"{self.precision}; it needs one CUDA device and bf16 or fp32: leave it out here"
+            )
+
+    def __call__(
+        self,
+        frames: Tensor,
+        log_mel: Tensor,
+        video_ids: Tensor,
+        valid: Tensor,
+        *,
+        learning_rate: float,
+        shuffle_seed: int,
+        second: tuple[Tensor, Tensor] | None = None,
+    ) -> StepOutput:
+        """Take one step on this rank's clips.
+
+        Args:
+            frames: (N, 3, T, H, W) on the device, uint8 or normalised.
+            log_mel: (N, 1, F, S) on the device, normalised.
+            video_ids: (N,) int64 on the device.
+            valid: (N,) bool on the device; false rows count in nothing.
+            learning_rate: of this step.
+            shuffle_seed: the same on all ranks, another in each step; decides which rank computes which key.
+            second: frames and log_mel of another clip of the same videos, for within-modal positives.
+
+        Returns:
+            Losses and figures of the step, on the device. With `compute.cuda_graph` the next step overwrites them.
+        """
+        set_learning_rate(self.optimizer, learning_rate)
+        inputs = {"frames": frames, "log_mel": log_mel, "video_ids": video_ids, "valid": valid}
+        if second is not None:
+            inputs["second_frames"], inputs["second_log_mel"] = second
+        shuffles = tuple(
+            KeyShuffle.draw(len(frames), shuffle_seed + index, self.device)
+            for index in range(self.model.num_shuffles())
+        )
+        if self._graph is not None:
+            return self._graph(inputs, shuffles)
+        return self._run(inputs, shuffles)
+
+    def _run(self, inputs: dict[str, Tensor], shuffles: tuple[KeyShuffle, ...]) -> StepOutput:
+        if self.model.loss_config.contrastive:
+            self.momentum_update.step()
+        second = None
+        if "second_frames" in inputs:
+            second = inputs["second_frames"], inputs["second_log_mel"]
+        with self._autocast():
+            output = self.forward(
+                inputs["frames"], inputs["log_mel"], inputs["video_ids"], inputs["valid"], shuffles, second
+            )
+        self.scaler.scale(output.loss).backward()
+        if self.clip_gradient_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_gradient_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.enqueue(output)
+        return output
+
+    def _autocast(self) -> AbstractContextManager:
+        # Each weight is used once in a step, so there is nothing to cache.
+        return torch.autocast(
+            self.device.type,
+            dtype=_AUTOCAST[self.precision],
+            enabled=self.precision != "fp32",
+            cache_enabled=False,
+        )
+
+    def state_dict(self) -> dict:
+        """Model with queues and key encoders, optimizer, loss scaler."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`; learning rate, weight decay and the like stay this configuration's."""
+        self.model.load_state_dict(state["model"])
+        configured = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(values)
+        if state["scaler"]:  # empty when the precision so far needed no loss scaling
+            self.scaler.load_state_dict(state["scaler"])
+        if self._graph is not None:
+            self._graph = _StepGraph(self._run)
+
+
+class _StepGraph:
+    """Runs a step on copies of its inputs, a few times as it is and from then on as a CUDA graph."""
+
+    WARMUP_STEPS = 3  # kernels are compiled and chosen, optimizer state comes to be
+
+    def __init__(self, run: "TrainingStep._run") -> None:
+        self._run = run
+        self._num_steps = 0
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, inputs: dict[str, Tensor], shuffles: tuple[KeyShuffle, ...]) -> StepOutput:
+        self._num_steps += 1
+        if self._num_steps <= self.WARMUP_STEPS:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                output = self._run(inputs, shuffles)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return output
+        tensors = [*inputs.values(), *(t for shuffle in shuffles for t in (shuffle.order, shuffle.inverse))]
+        if self._graph is None:
+            self._capture(inputs, shuffles, tensors)
+        for static, tensor in zip(self._static, tensors, strict=True):
+            if static.shape != tensor.shape:
+                raise ValueError(
+                    f"a batch has a tensor {tuple(tensor.shape)} where the CUDA graph has {tuple(static.shape)}; "
+                    "leave compute.cuda_graph out for batches of changing size"
+                )
+            static.copy_(tensor, non_blocking=True)
+        self._graph.replay()
+        return self._output
+
+    def _capture(
+        self, inputs: dict[str, Tensor], shuffles: tuple[KeyShuffle, ...], tensors: list[Tensor]
+    ) -> None:
+        self._static = [tensor.clone() for tensor in tensors]
+        names = list(inputs)
+        static_inputs = dict(zip(names, self._static[: len(names)], strict=True))
+        orders = self._static[len(names) :]
+        static_shuffles = tuple(
+            KeyShuffle(
+                order=orders[2 * index],
+                inverse=orders[2 * index + 1],
+                send=shuffle.send,
+                receive=shuffle.receive,
+                num_sent=shuffle.num_sent,
+                num_received=shuffle.num_received,
+            )
+            for index, shuffle in enumerate(shuffles)
+        )
+        self._graph = torch.cuda.CUDAGraph()
+        # Loaders go on with their own CUDA work in other threads.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._output = self._run(static_inputs, static_shuffles)
+
+
+def use_channels_last(model: CMAC) -> None:
+    """Store convolution weights channels-last, so that activations follow."""
+    for module in (model.video, model.key_video, model.saliency_v):
+        module.to(memory_format=torch.channels_last_3d)
+    for module in (model.audio, model.key_audio, model.saliency_a):
+        module.to(memory_format=torch.channels_last)
