@@ -361,9 +361,10 @@ def _apex_sgd() -> type[torch.optim.Optimizer]:
 def _take_any_state(optimizer: torch.optim.Optimizer, momentum: bool) -> None:
     """Make `optimizer.load_state_dict` take what the other backend saved, and give SGD its buffers (`momentum`)."""
     implementation = {"fused", "foreach", "capturable", "differentiable"}
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [group["lr"] for group in optimizer.param_groups]  # a tensor must stay the one that was captured
 
     def before(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+        rates[:] = [group["lr"] for group in optimizer.param_groups]
         groups = []
         for saved, own in zip(state_dict["param_groups"], optimizer.param_groups):
             taken = {name: value for name, value in saved.items() if name in own}

@@ -759,6 +759,9 @@ def test_a_parameter_added_later_has_a_buffer_of_its_own(stand_in):
     plain.add_param_group({"params": reference[3:]})
     steps_with(optimizer, ours, [[True] * 4] * 2)
     steps_with(plain, reference, [[True] * 4] * 2)
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    steps_with(optimizer, ours, [[True] * 4])
+    steps_with(plain, reference, [[True] * 4])
     for one, other in zip(ours, reference):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
