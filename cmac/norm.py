@@ -134,7 +134,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.impl == "auto":
             if why_not or x.device.type == "cpu" or torch.compiler.is_compiling():
                 return False
-        elif why_not:
+        elif why_not or torch.compiler.is_compiling():
+            why_not = why_not or "torch.compile is tracing"
             raise ValueError(
                 f"impl is {self.impl!r}, but {why_not}; expected impl 'auto' or 'reference' here"
             )
