@@ -27,10 +27,13 @@ from torch.autograd.function import once_differentiable
 
 from cmac.attention import AttentionConfig
 
-TILE = 2048  # values of g(.) per step of a program: cells times channels
+WARP_TILE = (
+    512  # values of a vector that _correlate gives to one warp, which then sums them without a barrier
+)
 POSITION_BLOCK = 1024  # positions per step of _compare
 CELL_BLOCK = 8  # coarse rows per program of _row_gradients
 CHANNEL_BLOCK = 64  # channels per program of _map_gradients
+CHANNEL_TILE = 1024  # and those times the cells of one step
 NUM_WARPS = 4
 
 EPSILON = tl.constexpr(1e-8)  # of F.cosine_similarity
@@ -86,9 +89,9 @@ class _Consistency(torch.autograd.Function):
         saliency_grad = empty((num_clips, num_positions), dtype=torch.float32)
         map_grad = torch.empty_like(saliency_grad) if guided_grad else saliency_grad
         block_c = triton.next_power_of_2(channels)
-        cells = max(1, min(TILE // block_c, triton.next_power_of_2(num_coarsest)))
+        cells = max(1, min(WARP_TILE // block_c, triton.next_power_of_2(num_coarsest)))
         with _device(maps):
-            _correlate[(num_clips, triton.cdiv(num_coarsest, cells))](
+            _correlate[(num_clips * triton.cdiv(num_coarsest, cells),)](
                 maps,
                 other_filter,
                 responses,
@@ -100,7 +103,7 @@ class _Consistency(torch.autograd.Function):
                 SAVE_NORMS=guided_grad,
                 CELLS=cells,
                 BLOCK_C=block_c,
-                num_warps=NUM_WARPS,
+                num_warps=max(1, min(NUM_WARPS, block_c // WARP_TILE)),
             )
             _compare[(num_clips,)](
                 responses,
@@ -192,7 +195,7 @@ def _guided_backward(
         BLOCK_C=filter_block,
         num_warps=NUM_WARPS,
     )
-    maps_out, filter_out = torch.empty_like(maps), torch.empty_like(other_filter).contiguous()
+    maps_out, filter_out = torch.empty_like(maps), other_filter.new_empty(other_filter.shape)
     num_coarsest = scales[-1][0] * scales[-1][1] * scales[-1][2]
     block_c = min(CHANNEL_BLOCK, filter_block)
     _map_gradients[(num_clips, triton.cdiv(channels, block_c))](
@@ -206,7 +209,7 @@ def _guided_backward(
         C=channels,
         **geometry,
         COSINE=kind["COSINE"],
-        CELLS=max(1, min(TILE // 2 // block_c, triton.next_power_of_2(num_coarsest))),
+        CELLS=max(1, min(CHANNEL_TILE // block_c, triton.next_power_of_2(num_coarsest))),
         BLOCK_C=block_c,
         BLOCK_FILTER=filter_block,
         BLOCK_ROWS=min(POSITION_BLOCK, triton.next_power_of_2(num_rows)),
@@ -267,27 +270,32 @@ def _correlate(
     W_2: tl.constexpr = (W_1 + 1) // 2
     ROWS_1: tl.constexpr = T * H * W + T_1 * H_1 * W_1 * (SCALES > 1)
     ROWS: tl.constexpr = ROWS_1 + T_2 * H_2 * W_2 * (SCALES > 2)
-    clip = tl.program_id(0).to(tl.int64)
+    # Neighboring programs have the filter in common.
+    COARSEST: tl.constexpr = (
+        T * H * W if SCALES == 1 else (T_1 * H_1 * W_1 if SCALES == 2 else T_2 * H_2 * W_2)
+    )
+    PROGRAMS: tl.constexpr = (COARSEST + CELLS - 1) // CELLS
+    clip = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    cell = tl.program_id(0) % PROGRAMS * CELLS + tl.arange(0, CELLS)
+    inside = cell < COARSEST
     channel = tl.arange(0, BLOCK_C)
     maps += clip * (T * H * W * C)
     responses += clip * ROWS
     norms += clip * ROWS
     kappa = _load_filter(other_filter + clip * filter_stride_n, filter_stride_c, channel, C)
     kappa_norm = tl.maximum(tl.sqrt(tl.sum(kappa * kappa, 0)), EPSILON, propagate_nan=tl.PropagateNan.ALL)
-    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
     if SCALES == 1:
-        inside = cell < T * H * W
         vector = _load_vector(maps, cell, inside, channel, C)
         _put_row(vector, kappa, kappa_norm, responses, norms, cell, inside, COSINE, SAVE_NORMS)
     elif SCALES == 2:
         _visit_1(
             maps, kappa, kappa_norm, responses, norms, cell // (H_1 * W_1), cell // W_1 % H_1, cell % W_1,
-            cell < T_1 * H_1 * W_1, channel, C, T, H, W, TIME_STEP, COSINE, SAVE_NORMS, True,
+            inside, channel, C, T, H, W, TIME_STEP, COSINE, SAVE_NORMS, True,
         )  # fmt: skip
     else:
         _visit_2(
             maps, kappa, kappa_norm, responses, norms, cell // (H_2 * W_2), cell // W_2 % H_2, cell % W_2,
-            cell < T_2 * H_2 * W_2, channel, C, T, H, W, TIME_STEP, COSINE, SAVE_NORMS, True,
+            inside, channel, C, T, H, W, TIME_STEP, COSINE, SAVE_NORMS, True,
         )  # fmt: skip
 
 
@@ -466,28 +474,29 @@ def _map_gradients(
     other_filter += clip * filter_stride_n
     coefficients += clip * 3 * num_rows
     kappa = _load_filter(other_filter, filter_stride_c, channel, C)
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    products = tl.zeros((CELLS, BLOCK_C), tl.float32)
     above = tl.zeros((CELLS, BLOCK_C), tl.float32)
     if SCALES == 1:
         for start in range(0, T * H * W, CELLS):
             cell = start + tl.arange(0, CELLS)
-            total += _push_0(
+            products += _push_0(
                 maps, maps_out, kappa, coefficients, above, cell, cell < T * H * W, channel, C, ROWS
             )
     elif SCALES == 2:
         for start in range(0, T_1 * H_1 * W_1, CELLS):
             cell = start + tl.arange(0, CELLS)
-            total += _push_1(
+            products += _push_1(
                 maps, maps_out, kappa, coefficients, above, cell // (H_1 * W_1), cell // W_1 % H_1, cell % W_1,
                 cell < T_1 * H_1 * W_1, channel, C, ROWS, T, H, W, TIME_STEP,
             )  # fmt: skip
     else:
         for start in range(0, T_2 * H_2 * W_2, CELLS):
             cell = start + tl.arange(0, CELLS)
-            total += _push_2(
+            products += _push_2(
                 maps, maps_out, kappa, coefficients, above, cell // (H_2 * W_2), cell // W_2 % H_2, cell % W_2,
                 cell < T_2 * H_2 * W_2, channel, C, ROWS, T, H, W, TIME_STEP,
             )  # fmt: skip
+    total = tl.sum(products, 0)
     if COSINE:
         whole = _load_filter(other_filter, filter_stride_c, tl.arange(0, BLOCK_FILTER), C)
         norm = tl.sqrt(tl.sum(whole * whole, 0))
@@ -595,7 +604,10 @@ def _visit_2(
 def _push_0(
     maps, maps_out, kappa, coefficients, above, position, inside, channel, C: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Store the gradient of positions, of which `above` is what coarser scales give; returns the filter's."""
+    """Store the gradient of positions, of which `above` is what coarser scales give.
+
+    Returns float32 (CELLS, BLOCK_C), whose sum over all is the filter's gradient but for its norm's part.
+    """
     vector = _load_vector(maps, position, inside, channel, C)
     on_filter = tl.load(coefficients + position, mask=inside, other=0)[:, None]
     on_vector = tl.load(coefficients + ROWS + position, mask=inside, other=0)[:, None]
@@ -603,7 +615,7 @@ def _push_0(
     pointers = maps_out + position[:, None] * C + channel[None, :]
     mask = inside[:, None] & (channel < C)[None, :]
     tl.store(pointers, gradient.to(maps_out.dtype.element_ty), mask=mask)
-    return tl.sum(on_filter * vector, 0)
+    return on_filter * vector
 
 
 @triton.jit
@@ -624,13 +636,13 @@ def _push_1(
     on_vector = tl.load(coefficients + ROWS + row, mask=inside, other=0)[:, None]
     above = on_filter * kappa[None, :] + on_vector * vector + above
     above = above / _num_children(t, h, w, T, H, W, TIME_STEP)[:, None]
-    total = tl.sum(on_filter * vector, 0)
+    products = on_filter * vector
     for child in tl.static_range(4 * TIME_STEP):
         child_t, child_h, child_w = t * TIME_STEP + child // 4, h * 2 + child // 2 % 2, w * 2 + child % 2
         within = inside & (child_t < T) & (child_h < H) & (child_w < W)
         position = (child_t * H + child_h) * W + child_w
-        total += _push_0(maps, maps_out, kappa, coefficients, above, position, within, channel, C, ROWS)
-    return total
+        products += _push_0(maps, maps_out, kappa, coefficients, above, position, within, channel, C, ROWS)
+    return products
 
 
 @triton.jit
@@ -654,15 +666,15 @@ def _push_2(
     on_vector = tl.load(coefficients + ROWS + row, mask=inside, other=0)[:, None]
     above = on_filter * kappa[None, :] + on_vector * vector + above
     above = above / _num_children(t, h, w, T_1, H_1, W_1, TIME_STEP)[:, None]
-    total = tl.sum(on_filter * vector, 0)
+    products = on_filter * vector
     for child in range(4 * TIME_STEP):
         child_t, child_h, child_w = t * TIME_STEP + child // 4, h * 2 + child // 2 % 2, w * 2 + child % 2
         within = inside & (child_t < T_1) & (child_h < H_1) & (child_w < W_1)
-        total += _push_1(
+        products += _push_1(
             maps, maps_out, kappa, coefficients, above, child_t, child_h, child_w, within, channel,
             C, ROWS, T, H, W, TIME_STEP,
         )  # fmt: skip
-    return total
+    return products
 
 
 # Responses: their range, upsampling, and the same backwards
