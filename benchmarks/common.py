@@ -1,5 +1,6 @@
 """What every row of benchmarks/results has: machine, commit, libraries, and how it is written."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -32,9 +33,13 @@ LIBRARIES = (
     "decord",
     "opencv-python-headless",
     "triton",
+    "torchvision",
+    "nvidia-cudnn-cu13",
+    "apex",
 )
 
 
+@functools.cache
 def machine_info() -> dict[str, Any]:
     """CPU, usable cores, memory, GPU and driver of this machine; what is unknown is None."""
     memory = None
@@ -52,9 +57,13 @@ def machine_info() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit_info() -> dict[str, Any]:
-    """Commit of the checkout, and whether tracked files differ from it."""
-    commit = _output(["git", "rev-parse", "HEAD"])
+    """Commit of the checkout, and whether tracked files differ from it, before this process wrote any row.
+
+    A copy of the files without their history takes the commit from the environment (CMAC_COMMIT).
+    """
+    commit = _output(["git", "rev-parse", "HEAD"]) or os.environ.get("CMAC_COMMIT")
     status = _output(["git", "status", "--porcelain", "--untracked-files=no"])
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
