@@ -5,8 +5,9 @@ channels-last memory; the reference is torch's batch norm.
 """
 
 import contextlib
+import functools
+import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import get_args
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loaders.kernels.choice import Impl, choose_impl
+
+log = logging.getLogger(__name__)
 
 NormLayer = Callable[[int], nn.Module]
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -132,7 +135,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return False
         why_not = self._why_not_fused(x)
         if self.impl == "auto":
-            if why_not or x.device.type == "cpu" or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                return False
+            if why_not:
+                if x.device.type == "cuda":
+                    _announce(why_not)
                 return False
         elif why_not or torch.compiler.is_compiling():
             why_not = why_not or "torch.compile is tracing"
@@ -169,6 +176,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
 
+@functools.cache
+def _announce(why_not: str) -> None:
+    log.warning("batch norm: %s; runs in plain torch, which is slower", why_not)
+
+
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """relu(bn(x) + shortcut) of (N, C, H, W); see `_BatchNorm`."""
 
@@ -202,7 +214,7 @@ def is_channels_last(x: Tensor) -> bool:
 def build_norm_layers(group_size: int | None, impl: Impl = "auto") -> tuple[NormLayer, NormLayer]:
     """(2-D, 3-D) batch-norm constructors, each from a number of channels; see `_BatchNorm`."""
     options = {"group_size": group_size, "impl": impl}
-    return partial(BatchNorm2d, **options), partial(BatchNorm3d, **options)
+    return functools.partial(BatchNorm2d, **options), functools.partial(BatchNorm3d, **options)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """relu(bn(x) + shortcut) in training and its gradients. Imports Triton: import it where it is needed.
 
 Memory limits these kernels, so what counts is how often a value passes: forward reads x twice (and the shortcut once)
-and writes once; backward reads dy, x and, after a shortcut, the output twice, and writes once or twice. Three launches
-each way: sums of blocks of rows, one small kernel that joins them in a fixed order (no atomics: same input, same
-bits), and the pointwise rest. All groups of clips that have statistics of their own are in the same launches.
+and writes once; backward reads dy and x twice and writes dx, after a shortcut it also reads the output and writes the
+shortcut's gradient. In bytes per value of 16 bits: 6 and 10, after a shortcut 8 and 14. Three launches each way:
+sums of blocks of rows, one small kernel that joins them in a fixed order (no atomics: same input, same bits), and the
+pointwise rest. All groups of clips that have statistics of their own are in the same launches.
 
-A channels-last x is a dense (rows, C). Its kernels see it as (rows / fold, fold * C), the same memory: fold makes
-a row a whole number of 16-byte vectors where C is odd, and fills a power of two with it. Column j holds channel j % C.
+A channels-last x is a dense (rows, C). The kernels see it as (rows / fold, fold * C), the same memory: fold makes a
+row a whole number of 16-byte vectors where C is odd, and a whole number of tiles, whose width is a power of two, or
+nearly. Column j holds channel j % C.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ MAX_REDUCE_PROGRAMS = 1024  # what an H100 runs at a time, about; each leaves a 
 MIN_APPLY_PROGRAMS = 2048
 MAX_APPLY_STEPS = 8
 JOIN_TILE = 4096
+MAX_JOIN_ROWS = 1024  # of partial sums at a time
 
 # Which values of dy count
 ALL = tl.constexpr(0)
@@ -213,6 +216,7 @@ def _forward(
     channels = x.shape[1]
     view = _view(x.numel() // (channels * num_groups), channels, num_groups)
     width, unit = view.units
+    join = _join_constants(view, num_groups)
     out = torch.empty_like(x)
     partials = x.new_empty((2, num_groups, view.splits * view.width), dtype=torch.float32)
     mean, rstd = x.new_empty((2, num_groups, channels), dtype=torch.float32)
@@ -232,7 +236,7 @@ def _forward(
             STEPS=view.steps,
             num_warps=NUM_WARPS,
         )
-        _join_statistics[_join_grid(view, channels)](
+        _join_statistics[_join_grid(channels, join)](
             partials[0],
             partials[1],
             mean,
@@ -248,7 +252,7 @@ def _forward(
             FOLD=view.fold,
             TILE_ROWS=tile_rows,
             UPDATE=update is not None,
-            **_join_constants(view, num_groups),
+            **join,
             num_warps=NUM_WARPS,
         )
         grid, constants = _apply_grid(view, num_groups)
@@ -290,38 +294,41 @@ def _backward(
     channels = x.shape[1]
     view = _view(x.numel() // (channels * num_groups), channels, num_groups)
     width, unit = view.units
-    dx = torch.empty_like(x) if for_x else None
-    dshortcut = None
+    join = _join_constants(view, num_groups)
+    partials = x.new_empty((2, num_groups, view.splits * view.width), dtype=torch.float32)
+    slope, offset = x.new_empty((2, num_groups, channels), dtype=torch.float32)
+    dx = dweight = dbias = dshortcut = None
+    cut = for_shortcut and counts != ALL.value
     if for_shortcut:
-        dshortcut = grad if counts == ALL.value else torch.empty_like(x)
-    dweight = dbias = slope = offset = None
+        dshortcut = torch.empty_like(x) if cut else grad
+    if not (for_x or for_weights or cut):
+        return None, None, None, dshortcut
     with _on(x.device):
+        _gradient_sums[(view.reduce_grid, num_groups)](
+            grad,
+            x,
+            out,
+            mean,
+            rstd,
+            weight,
+            bias,
+            dshortcut if cut else None,
+            partials[0],
+            partials[1],
+            width,
+            view.rows,
+            view.splits,
+            channels,
+            UNIT=unit,
+            COUNTS=counts,
+            TILE_ROWS=max(1, REDUCE_TILE // view.tile_width),
+            TILE_WIDTH=view.tile_width,
+            STEPS=view.steps,
+            num_warps=NUM_WARPS,
+        )
         if for_x or for_weights:
-            partials = x.new_empty((2, num_groups, view.splits * view.width), dtype=torch.float32)
-            slope, offset = x.new_empty((2, num_groups, channels), dtype=torch.float32)
             dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-            _gradient_sums[(view.reduce_grid, num_groups)](
-                grad,
-                x,
-                out,
-                mean,
-                rstd,
-                weight,
-                bias,
-                partials[0],
-                partials[1],
-                width,
-                view.rows,
-                view.splits,
-                channels,
-                UNIT=unit,
-                COUNTS=counts,
-                TILE_ROWS=max(1, REDUCE_TILE // view.tile_width),
-                TILE_WIDTH=view.tile_width,
-                STEPS=view.steps,
-                num_warps=NUM_WARPS,
-            )
-            _join_gradients[_join_grid(view, channels)](
+            _join_gradients[_join_grid(channels, join)](
                 partials[0],
                 partials[1],
                 rstd,
@@ -334,15 +341,16 @@ def _backward(
                 view.rows,
                 view.splits,
                 FOLD=view.fold,
-                **_join_constants(view, num_groups),
+                **join,
                 num_warps=NUM_WARPS,
             )
-        if for_x or (for_shortcut and counts != ALL.value):
+        if for_x:
+            dx = torch.empty_like(x)
             grid, constants = _apply_grid(view, num_groups)
             _gradients[grid](
-                grad,
+                dshortcut if cut else grad,
                 x,
-                out,
+                None if cut else out,
                 mean,
                 rstd,
                 weight,
@@ -350,14 +358,11 @@ def _backward(
                 slope,
                 offset,
                 dx,
-                dshortcut,
                 width,
                 view.rows,
                 channels,
                 UNIT=unit,
-                COUNTS=counts,
-                FOR_X=for_x,
-                FOR_SHORTCUT=for_shortcut and counts != ALL.value,
+                COUNTS=ALL.value if cut else counts,
                 **constants,
                 num_warps=NUM_WARPS,
             )
@@ -370,22 +375,17 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 def _join_constants(view: View, num_groups: int) -> dict[str, int]:
     partial_rows = view.splits * view.fold
-    chunk = min(1024, triton.next_power_of_2(partial_rows))
+    chunk = min(MAX_JOIN_ROWS, triton.next_power_of_2(partial_rows))
     return {
         "GROUPS": num_groups,
         "CHUNKS": triton.cdiv(partial_rows, chunk),
         "CHUNK": chunk,
-        "CHANNELS": _join_channels(chunk),
+        "CHANNELS": max(4, min(32, JOIN_TILE // chunk)),
     }
 
 
-def _join_channels(chunk: int) -> int:
-    return max(4, min(32, JOIN_TILE // chunk))
-
-
-def _join_grid(view: View, channels: int) -> tuple[int]:
-    chunk = min(1024, triton.next_power_of_2(view.splits * view.fold))
-    return (triton.cdiv(channels, _join_channels(chunk)),)
+def _join_grid(channels: int, constants: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(channels, constants["CHANNELS"]),)
 
 
 def _apply_grid(view: View, num_groups: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -570,6 +570,7 @@ def _gradient_sums(
     rstd,
     weight,
     bias,
+    dshortcut,
     sums,  # float32 (G, splits, width)
     products,
     units,
@@ -582,7 +583,10 @@ def _gradient_sums(
     TILE_WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Sums of dy and of dy * (x - mean), dy being that before the ReLU, over the tiles of `_statistics`."""
+    """Sums of dy and of dy * (x - mean), dy being that before the ReLU, over the tiles of `_statistics`.
+
+    dy is the shortcut's gradient as well; `_gradients` then reads it in place of dy and output.
+    """
     width = units * UNIT
     block, split, group = _place(width, TILE_WIDTH)
     columns = block * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
@@ -593,26 +597,33 @@ def _gradient_sums(
     first = group.to(tl.int64) * rows * width
     total = tl.zeros((TILE_ROWS, TILE_WIDTH), tl.float32)
     product = tl.zeros((TILE_ROWS, TILE_WIDTH), tl.float32)
-    for step in range(0, STEPS, GRADIENTS_UNROLL):
-        row_0 = (step * splits + split) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-        row_1 = row_0 + splits * TILE_ROWS
-        dy_0 = _load(grad + first, row_0, columns, rows, width)
-        x_0 = _load(x + first, row_0, columns, rows, width)
-        dy_1 = _load(grad + first, row_1, columns, rows, width)
-        x_1 = _load(x + first, row_1, columns, rows, width)
-        y_0 = dy_0
-        y_1 = dy_1
-        if COUNTS == SAVED:
-            y_0 = _load(out + first, row_0, columns, rows, width)
-            y_1 = _load(out + first, row_1, columns, rows, width)
-        distance = x_0.to(tl.float32) - center
-        dy = _counted(dy_0, distance, y_0, scale, shift, COUNTS)
-        total += dy
-        product += dy * distance
-        distance = x_1.to(tl.float32) - center
-        dy = _counted(dy_1, distance, y_1, scale, shift, COUNTS)
-        total += dy
-        product += dy * distance
+    if COUNTS == SAVED:  # three streams
+        for step in range(STEPS):
+            row = (step * splits + split) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+            dy = _load(grad + first, row, columns, rows, width)
+            y = _load(out + first, row, columns, rows, width)
+            distance = _load(x + first, row, columns, rows, width).to(tl.float32) - center
+            dy = _counted(dy, distance, y, scale, shift, COUNTS)
+            total += dy
+            product += dy * distance
+            if dshortcut is not None:
+                _store(dshortcut + first, dy, row, columns, rows, width)
+    else:  # two streams, so two tiles
+        for step in range(0, STEPS, GRADIENTS_UNROLL):
+            row_0 = (step * splits + split) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+            row_1 = row_0 + splits * TILE_ROWS
+            dy_0 = _load(grad + first, row_0, columns, rows, width)
+            x_0 = _load(x + first, row_0, columns, rows, width)
+            dy_1 = _load(grad + first, row_1, columns, rows, width)
+            x_1 = _load(x + first, row_1, columns, rows, width)
+            distance = x_0.to(tl.float32) - center
+            dy = _counted(dy_0, distance, dy_0, scale, shift, COUNTS)
+            total += dy
+            product += dy * distance
+            distance = x_1.to(tl.float32) - center
+            dy = _counted(dy_1, distance, dy_1, scale, shift, COUNTS)
+            total += dy
+            product += dy * distance
     target = (group * splits + split) * width + columns
     tl.store(sums + target, tl.sum(total, 0), mask=inside)
     tl.store(products + target, tl.sum(product, 0), mask=inside)
@@ -676,28 +687,24 @@ def _gradients(
     slope,
     offset,
     dx,
-    dshortcut,
     units,
     rows,
     channels,
     UNIT: tl.constexpr,
     COUNTS: tl.constexpr,
-    FOR_X: tl.constexpr,
-    FOR_SHORTCUT: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """dx, and the shortcut's gradient where the ReLU cut it. Last rows first, as in `_normalize`."""
+    """dx = weight * rstd * dy + slope * (x - mean) + offset. Last rows first, as in `_normalize`."""
     width = units * UNIT
     block, place, group = _place(width, TILE_WIDTH)
     columns = block * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     inside = columns < width
     channel = columns % channels
     center, scale, shift = _load_channels(mean, rstd, weight, bias, group, channel, channels, inside)
-    if FOR_X:
-        rise = tl.load(slope + group * channels + channel, mask=inside, other=0.0)[None, :]
-        start = tl.load(offset + group * channels + channel, mask=inside, other=0.0)[None, :]
+    rise = tl.load(slope + group * channels + channel, mask=inside, other=0.0)[None, :]
+    start = tl.load(offset + group * channels + channel, mask=inside, other=0.0)[None, :]
     first = group.to(tl.int64) * rows * width
     last = tl.num_programs(0) // tl.cdiv(width, TILE_WIDTH) - 1
     for step in range(STEPS):
@@ -706,14 +713,9 @@ def _gradients(
         y = dy
         if COUNTS == SAVED:
             y = _load(out + first, row, columns, rows, width)
-        if FOR_X:
-            distance = _load(x + first, row, columns, rows, width).to(tl.float32) - center
-            dy = _counted(dy, distance, y, scale, shift, COUNTS)
-            _store(dx + first, dy * scale + (distance * rise + start), row, columns, rows, width)
-        else:
-            dy = _counted(dy, dy, y, scale, shift, COUNTS)
-        if FOR_SHORTCUT:
-            _store(dshortcut + first, dy, row, columns, rows, width)
+        distance = _load(x + first, row, columns, rows, width).to(tl.float32) - center
+        dy = _counted(dy, distance, y, scale, shift, COUNTS)
+        _store(dx + first, dy * scale + (distance * rise + start), row, columns, rows, width)
 
 
 @triton.jit
