@@ -204,7 +204,9 @@ def choose_tiling(num_queries: int, dtype: torch.dtype, architecture: int) -> Ti
         return Tiling(128, 64, num_warps=8, num_stages=3)
     if hopper:
         return Tiling(rows, 64, num_warps=4, num_stages=3)
-    return Tiling(min(rows, 64), 32, num_warps=4, num_stages=3)
+    if rows >= 64:
+        return Tiling(64, 64, num_warps=8, num_stages=3)
+    return Tiling(rows, 32, num_warps=4, num_stages=3)
 
 
 @functools.lru_cache(maxsize=64)
@@ -289,10 +291,10 @@ def _sweep(
     half: tl.constexpr = tl.float16 if SPLIT else tl.bfloat16
     scratch = (weighted + out[:, None] * DIM).to(tl.pointer_type(half)) + column[None, :]
     q = tl.load(query + at, mask=inside, other=0.0).to(tl.float32) * scale
-    tl.store(scratch, q.to(half), mask=inside)
-    if SPLIT:
+    tl.store(scratch, _split(q, SPLIT, INTERPRETED)[0], mask=inside)
+    if SPLIT:  # read again, as both parts at once are more than registers hold
         q = tl.load(query + at, mask=inside, other=0.0).to(tl.float32) * scale
-        tl.store(scratch + DIM, (q - q.to(half).to(tl.float32)).to(half), mask=inside)
+        tl.store(scratch + DIM, _split(q, SPLIT, INTERPRETED)[1], mask=inside)
     tl.debug_barrier()
     q_high = tl.load(scratch, mask=inside, other=0.0)  # (ROWS, PADDED_DIM)
     q_low = q_high
@@ -312,7 +314,7 @@ def _sweep(
             mask=filled[:, None] & (column < DIM)[None, :],
             other=0.0,
         )  # (KEYS, PADDED_DIM)
-        t_high, t_low = _split(t, SPLIT)
+        t_high, t_low = _split(t, SPLIT, INTERPRETED)
         logits = tl.zeros((ROWS, KEYS), tl.float32)
         logits = _dot(q_high, q_low, tl.trans(t_high), tl.trans(t_low), logits, SPLIT, INTERPRETED)
         counts = (key_id[None, :] != own[:, None]) & filled[None, :]
@@ -322,7 +324,7 @@ def _sweep(
         weight = tl.exp2(logits - new_maximum[:, None])
         total = total * shrink + tl.sum(weight, 1)
         sum_of_keys = sum_of_keys * shrink[:, None]
-        w_high, w_low = _split(weight, SPLIT)
+        w_high, w_low = _split(weight, SPLIT, INTERPRETED)
         sum_of_keys = _dot(w_high, w_low, t_high, t_low, sum_of_keys, SPLIT, INTERPRETED)
         maximum = new_maximum
 
@@ -332,12 +334,16 @@ def _sweep(
 
 
 @triton.jit
-def _split(x, SPLIT: tl.constexpr):
+def _split(x, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in bfloat16, twice; with SPLIT two float16 tensors whose sum is x."""
     if SPLIT:
         high = x.to(tl.float16)
         low = (x - high.to(tl.float32)).to(tl.float16)
     else:
+        if INTERPRETED:  # which cuts off where a GPU rounds
+            if x.dtype == tl.float32:
+                bits = x.to(tl.int32, bitcast=True)
+                x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         high = x.to(tl.bfloat16)
         low = high
     return high, low
