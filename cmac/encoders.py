@@ -121,7 +121,7 @@ class _SpatioTemporalConv(nn.Sequential):
 def _factored_forward(
     spatial: nn.Conv3d, norm: nn.Module, _: nn.Module, temporal: nn.Conv3d, x: Tensor, padding: int
 ) -> Tensor:
-    """temporal(relu(norm(spatial(x)))); with that many channels of zeros between the convolutions, which change nothing.
+    """temporal(relu(norm(spatial(x)))), with that many channels of zeros in between, which change nothing.
 
     The mid widths of R(2+1)D-18 are 45, 144, 230, 288, 460, 576, 921 and 1152; tensor cores want multiples of 8.
     """

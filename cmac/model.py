@@ -396,8 +396,8 @@ class CMAC(nn.Module):
             (self.audio, self.key_audio),
             (self.heads, self.key_heads),
         ):
-            queries += [parameter.detach() for parameter in query.parameters()]
-            keys += list(key.parameters())
+            queries += query.parameters()
+            keys += key.parameters()
         return queries, keys
 
     @torch.no_grad()

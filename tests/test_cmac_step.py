@@ -1,0 +1,286 @@
+"""The step as a whole: the kernels against plain torch over many steps, no waiting for the device, and its options."""
+
+import dataclasses
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmac.collectives import KeyShuffle
+from cmac.compute import ComputeConfig
+from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
+from cmac.losses import LossConfig
+from cmac.model import CMAC, ModelConfig
+from cmac.optim import OptimizerConfig
+from cmac.step import TrainingStep
+
+TINY = ModelConfig(
+    video=VideoEncoderConfig(widths=(16,), blocks=(1,), stem_width=5),
+    audio=AudioEncoderConfig(widths=(16,), blocks=(1,)),
+    filter_channels=8,
+    embedding_dim=6,
+    queue_length=23,
+    momentum=0.9,
+    batch_norm="shuffle",
+    batch_norm_group=2,
+)
+NUM_CLIPS = 4
+# Gentle, so that rounding grows slowly: training a network this small is chaotic at the usual rates.
+LEARNING_RATE = 0.002
+LOSS = LossConfig(temperature=1.0, consistency_reduction="mean")
+SGD = OptimizerConfig(learning_rate=LEARNING_RATE, backend="torch")
+REFERENCE = ComputeConfig(batch_norm="reference", losses="reference")
+FUSED = ComputeConfig(batch_norm="fused", losses="fused")
+
+
+def build(
+    compute: ComputeConfig = REFERENCE,
+    model: ModelConfig = TINY,
+    loss: LossConfig | None = None,
+    optimizer: OptimizerConfig = SGD,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> TrainingStep:
+    torch.manual_seed(0)
+    return TrainingStep(
+        CMAC(model, loss or LOSS, compute=compute), optimizer, device=device, precision=precision
+    )
+
+
+def batch(step: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """Coarse patterns in the memory layout of loaders; three batches come again and again, one with a bad clip."""
+    generator = torch.Generator().manual_seed(step % 3)
+    frames = torch.rand(NUM_CLIPS, 3, 2, 4, 4, generator=generator).mul(255).to(torch.uint8)
+    frames = frames.repeat_interleave(2, 3).repeat_interleave(2, 4)
+    frames = frames.contiguous(memory_format=torch.channels_last_3d)
+    log_mel = torch.randn(NUM_CLIPS, 1, 9, 5, generator=generator)
+    log_mel = log_mel.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    ids = torch.arange(NUM_CLIPS) + NUM_CLIPS * (step % 3)
+    valid = torch.ones(NUM_CLIPS, dtype=torch.bool)
+    valid[1] = step % 3 != 1
+    return tuple(tensor.to(device) for tensor in (frames, log_mel, ids, valid))
+
+
+def train(trainer: TrainingStep, steps: int, first: int = 0, device: str = "cpu") -> list[float]:
+    """Losses of so many steps."""
+    losses = []
+    for step in range(first, first + steps):
+        rate = LEARNING_RATE * min(1.0, (step + 1) / 50)
+        output = trainer(*batch(step, device), learning_rate=rate, shuffle_seed=step)
+        losses.append(output.loss)
+    return torch.stack(losses).tolist()
+
+
+# Fused against reference
+
+
+LOCAL = dataclasses.replace(TINY, batch_norm="local")
+"""Statistics of groups of two clips make training chaotic: rounding doubles every few steps."""
+
+
+def trajectory(steps: int, **compute: str) -> list[float]:
+    return train(build(ComputeConfig(**compute), LOCAL), steps)
+
+
+def assert_same_trajectory(fused: list[float], reference: list[float]) -> None:
+    """Between conv3d and its 2-D views rounding grows to 1e-4 in 200 steps; a gradient that is wrong shows at once."""
+    apart = [abs(a - b) for a, b in zip(fused, reference, strict=True)]
+    assert max(apart[:40]) < 1e-4
+    assert max(apart) < 1e-2
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_with_fused_losses_go_the_references_way(interpreter: Callable):
+    reference = trajectory(200, batch_norm="reference", losses="reference")
+    assert reference[-1] < 0.8 * max(reference), "nothing was learned, so nothing could diverge"
+    assert_same_trajectory(interpreter(trajectory, 200, batch_norm="reference", losses="fused"), reference)
+
+
+@pytest.mark.slow
+def test_steps_with_all_kernels_go_the_references_way(interpreter: Callable):
+    """Few of them: an interpreted step with its 150 launches takes seconds. On a GPU it is 200."""
+    fused = interpreter(trajectory, 12, batch_norm="fused", losses="fused")
+    assert_same_trajectory(fused, trajectory(12, batch_norm="reference", losses="reference"))
+
+
+@pytest.mark.gpu
+def test_two_hundred_steps_with_all_kernels_go_the_references_way_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    fused = train(build(FUSED, LOCAL, device="cuda"), 200, device="cuda")
+    assert_same_trajectory(fused, train(build(REFERENCE, LOCAL, device="cuda"), 200, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_takes_the_same_steps():
+    eager = train(build(FUSED, device="cuda"), 30, device="cuda")
+    graph = train(build(dataclasses.replace(FUSED, cuda_graph=True), device="cuda"), 30, device="cuda")
+    assert max(abs(a - b) for a, b in zip(eager, graph, strict=True)) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_gpu(precision):
+    trainer = build(FUSED, device="cuda", precision=precision)
+    train(trainer, 2, device="cuda")  # kernels are compiled, optimizer state comes to be
+    inputs = batch(0, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer(*inputs, learning_rate=LEARNING_RATE, shuffle_seed=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_on_the_gpu(precision):
+    losses = train(build(FUSED, device="cuda", precision=precision), 60, device="cuda")
+    assert sum(losses[-6:]) < sum(losses[6:12])
+
+
+# Waiting for the device
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")
+"""Operators whose result the host must know."""
+
+
+class WaitCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if name in WAITING or (
+            name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        ):
+            self.count[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def drawn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shuffles are drawn on the host, where numbers may be looked at; keep that out of the count."""
+    shuffles = [KeyShuffle.draw(NUM_CLIPS, seed) for seed in range(8)]
+    monkeypatch.setattr(
+        KeyShuffle, "draw", staticmethod(lambda num_clips, seed, device="cpu": shuffles[seed])
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [
+        (LOSS, SGD),
+        (LossConfig(negatives="batch"), dataclasses.replace(SGD, clip_gradient_norm=1.0)),
+        (LossConfig(contrastive=False), SGD),
+    ],
+)
+def test_no_operator_of_a_step_waits_for_the_device(drawn_before, loss, optimizer):
+    trainer = build(loss=loss, optimizer=optimizer)
+    train(trainer, 2)
+    with WaitCounter() as counter:
+        trainer(*batch(2), learning_rate=LEARNING_RATE, shuffle_seed=2)
+    assert counter.count == {}
+
+
+def test_the_counter_sees_what_waits():
+    values = torch.ones(3)
+    for wait in (
+        lambda: values.sum().item(),
+        lambda: values[values > 0],
+        lambda: torch.equal(values, values),
+    ):
+        with WaitCounter() as counter:
+            wait()
+        assert counter.count.total() == 1
+
+
+# Options
+
+
+def test_every_way_to_compute_takes_the_same_steps():
+    expected = train(build(), 6)
+    for compute in (
+        ComputeConfig(convolutions="conv3d"),
+        ComputeConfig(pad_channels=True),
+        ComputeConfig(activation_checkpointing="early"),
+    ):
+        losses = train(build(compute), 6)
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-4, compute
+
+
+def test_compiled_encoders_take_the_same_steps(monkeypatch):
+    """Traced as a whole and run operator by operator: what a compiler makes of it is not ours."""
+    compiled, compile_module = [], nn.Module.compile
+
+    def trace(module: nn.Module, **options: object) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
+    trainer = build(ComputeConfig(compile=True))
+    assert len(compiled) == 4 and "video.encoder.stem.0.weight" in trainer.model.state_dict()
+    losses, expected = train(trainer, 4), train(build(), 4)
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-4
+
+
+def test_the_queue_may_be_kept_in_bfloat16():
+    trainer = build(model=dataclasses.replace(TINY, queue_dtype="bfloat16"))
+    losses, expected = train(trainer, 10), train(build(), 10)
+    assert trainer.model.queue_v.keys.dtype == torch.bfloat16
+    assert 0 < max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 0.1
+
+
+def test_fp16_scales_the_loss_and_skips_steps_that_overflow():
+    trainer = build(precision="fp16")
+    train(trainer, 1)  # of which the scaler learns its device
+    trainer.scaler.update(2.0**40)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    train(trainer, 1)
+    assert trainer.scaler.get_scale() == 2.0**39
+    for name, value in trainer.model.named_parameters():
+        assert torch.equal(value, before[name]) or name.startswith("key_"), name
+    trainer.scaler.update(128.0)
+    train(trainer, 1)
+    assert not torch.equal(trainer.model.heads["shared"].weight, before["heads.shared.weight"])
+
+
+def test_going_on_from_a_state_equals_never_stopping():
+    whole, first = build(), build()
+    expected = train(whole, 8)[4:]
+    train(first, 4)
+    second = build(ComputeConfig(convolutions="conv3d", losses="reference"), optimizer=SGD)
+    second.load_state_dict(first.state_dict())
+    losses = train(second, 4, first=4)
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute": ComputeConfig(cuda_graph=True)}, "compute.cuda_graph is True on cpu with 1 rank"),
+        ({"precision": "bf61"}, "precision is 'bf61', expected fp32 or bf16 or fp16"),
+        ({"compute": FUSED}, "TRITON_INTERPRET=1 is not set"),
+    ],
+)
+def test_options_that_cannot_be_had_say_so(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(build(**options), 1)
+
+
+def test_the_step_needs_torch_alone():
+    """As on a machine that measures and has nothing else: no readers of video, tars or configurations."""
+    code = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("av", "dacite", "tyro", "webdataset", "torchaudio", "tensorboard", "rich"):
+            raise ModuleNotFoundError(f"refused: {name}", name=name)
+sys.meta_path.insert(0, Refuse())
+import cmac.step
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
