@@ -13,8 +13,8 @@
 - optimizer: SGD and the momentum update of the whole model's parameters.
 
 Each contender's results and gradients are first compared with float64 (of some rows or channels where all would not
-fit); one that differs is reported and makes the exit status 1. One that fails, out of memory for example, leaves a row
-that says why. Times are medians over rounds that run every contender in turn, between CUDA events (`wall`: from an
+fit); one that differs is marked WRONG and makes the exit status 1. One that fails, out of memory for example, leaves a
+row that says why. Times are medians over rounds that run every contender in turn, between CUDA events (`wall`: from an
 idle device, launches included). Runs without a GPU, where kernels run only with TRITON_INTERPRET=1.
 """
 
@@ -37,6 +37,7 @@ from benchmarks.common import append_row, make_row, peak_memory_bytes, quantiles
 from benchmarks.stock import ForLoopMomentumUpdate, SdpaContrastiveLoss  # noqa: E402
 from benchmarks.timing import (  # noqa: E402
     Stage,
+    WrongResult,
     attempt,
     check_close,
     clean_up,
@@ -114,7 +115,7 @@ class Result:
 
     name: str
     status: str = "timed"
-    """Or `failed`, or `wrong`."""
+    """Or `wrong` (timed all the same), `failed`, `left out`."""
     reason: str | None = None
     errors: dict[str, float] | None = None
     peak_bytes: int | None = None
@@ -548,15 +549,18 @@ def measure(
 
         def prepare(build: Callable[[], Case] = build, result: Result = result) -> Case:
             case = build()
-            result.errors = problem.check(case.results())
+            try:
+                result.errors = problem.check(case.results())
+            except WrongResult as error:  # timed all the same
+                result.status, result.reason = "wrong", str(error)
             result.peak_bytes = peak_extra_bytes(lambda: run_stages(case.stages), device)
             return case
 
-        case, result.reason, wrong = attempt(prepare, device)
-        if result.reason is not None:
-            result.status = "wrong" if wrong else "failed"
+        case, reason = attempt(prepare, device)
+        if reason is not None:
+            result.status, result.reason = "failed", reason
             if is_lost(device):
-                restart_without(label, result.reason, args.arguments)
+                restart_without(label, reason, args.arguments)
             continue
         cases[name] = case
         if problem.count and (name != "torch.compile" or device.type == "cuda"):
@@ -595,8 +599,7 @@ def report(problem: Problem, results: list[Result]) -> None:
     )
     for result in results:
         if not result.times:
-            mark = "WRONG" if result.status == "wrong" else "not measured"
-            print(f"{result.name:16s}{mark}: {result.reason}")
+            print(f"{result.name:16s}{result.status}: {result.reason}")
             continue
         summary = result.summary(problem)
         device = summary["milliseconds"]
@@ -613,7 +616,7 @@ def report(problem: Problem, results: list[Result]) -> None:
             line += "".join(
                 f"{r['median'] / 1e9:14.1f}" for r in summary["effective_bytes_per_second"].values()
             )
-        print(line, flush=True)
+        print(line + ("  WRONG" if result.status == "wrong" else ""), flush=True)
 
 
 def compare_with_targets(problems: list[tuple[Problem, list[Result]]]) -> list[dict[str, Any]]:
@@ -697,7 +700,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{name}: left out, no time left (--limit)")
             summaries[name] = {"status": "left out", "reason": "no time left (--limit)"}
             continue
-        problem, reason, _ = attempt(make, device)
+        problem, reason = attempt(make, device)
         if reason is not None:
             print(f"\n{name}: not measured: {reason}")
             summaries[name] = {"status": "failed", "reason": reason}

@@ -41,20 +41,20 @@ def clean_up(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(run: Callable[[], Any], device: torch.device) -> tuple[Any, str | None, bool]:
-    """(result, None, False), or (None, reason, whether the result was wrong). Keeps nothing of what failed.
+def attempt(run: Callable[[], Any], device: torch.device) -> tuple[Any, str | None]:
+    """(result, None), or (None, reason) if it raised something. Keeps nothing of what failed.
 
     Whatever a contender raises is a line of the result, not the end of the benchmark.
     """
     try:
         result = run()
         synchronize(device)
-        return result, None, False
+        return result, None
     except Exception as error:
         # The traceback would hold on to the tensors of a contender that ran out of memory.
-        reason, wrong = describe(error), isinstance(error, WrongResult)
+        reason = describe(error)
     clean_up_after_failure(device)
-    return None, reason, wrong
+    return None, reason
 
 
 def clean_up_after_failure(device: torch.device) -> None:
@@ -170,7 +170,7 @@ def time_interleaved(
         for name, stages in contenders.items():
             if name in failed:
                 continue
-            taken, reason, _ = attempt(lambda s=stages: time_stages(s, device), device)
+            taken, reason = attempt(lambda s=stages: time_stages(s, device), device)
             if reason is not None:
                 failed[name] = reason
             elif round_ >= warm_up:
