@@ -7,9 +7,9 @@ The whole encoder first, forward and backward, in training with plain batch norm
 - views: `cmac.encoders.FactoredConv3d`, what `compute.convolutions` "views" means;
 - views, padded: with `compute.pad_channels`.
 
-Then (--layers) each distinct convolution of the encoder by itself, with what share of its own ceiling it reaches: the longer
-of its arithmetic at the measured matrix product and its memory traffic at the measured copy. A layer that takes more than
-3 times its ceiling is marked.
+Then (--layers) each distinct convolution of the encoder by itself, with what share of its own ceiling it reaches: the
+longer of its arithmetic at the measured matrix product and its memory traffic at the measured copy. A layer that takes
+more than 3 times its ceiling is marked.
 
 Before anything is timed, outputs and weight gradients of all are compared in float64. Needs torch alone; runs on CPU
 (float32) and CUDA (bf16 autocast).
@@ -119,23 +119,24 @@ def layer_shapes(config: VideoEncoderConfig, args: argparse.Namespace) -> dict[s
         if isinstance(module, nn.Conv3d):
             module.register_forward_pre_hook(record)
     encoder(frames)
-    return {
-        f"{len(same)} x {shape[1]}>{width} {'x'.join(map(str, kernel))}/{max(stride)} of {'x'.join(map(str, shape[2:]))}": same[
-            0
-        ]
-        for (shape, width, kernel, stride), same in found.items()
-    }
+    names = {}
+    for (shape, width, kernel, stride), same in found.items():
+        kernel_text, size = "x".join(map(str, kernel)), "x".join(map(str, shape[2:]))
+        names[f"{len(same)} x {shape[1]}>{width} {kernel_text}/{max(stride)} of {size}"] = same[0]
+    return names
 
 
 def layer_stages(
     layer: nn.Conv3d, example: Tensor, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[Stage]]:
     """Forward and backward of one convolution, by each contender."""
-    padding_in, padding_out = -example.shape[1] % 8, -layer.out_channels % 8
+    # Frames are not padded, and neither are the widths between blocks: multiples of 8 as they are.
+    padding_in = -example.shape[1] % 8 if example.shape[1] > 3 else 0
+    padding_out = -layer.out_channels % 8
     stages = {}
     for name, (compute, memory_format) in CONTENDERS.items():
-        padded = compute.pad_channels and example.shape[1] > 3
-        if name == "views, padded" and not (padded and padding_in + padding_out):
+        padded = compute.pad_channels
+        if padded and padding_in + padding_out == 0:
             continue
         kind = FactoredConv3d if compute.convolutions == "views" else nn.Conv3d
         conv = kind(
@@ -232,9 +233,10 @@ def measure_encoder(args: argparse.Namespace, device: torch.device) -> dict[str,
     peaks = {name: peak_extra_bytes(_runner(both), device) for name, both in stages.items()}
     times, failed = time_interleaved(stages, device, rounds=args.rounds, warm_up=1, max_seconds=args.seconds)
     base = [each["device"] for each in times["torchvision"]]
-    print(
-        f"\n{'encoder':20s}{'ms forward':>12s}{'ms backward':>13s}{'clips/s (20-80 %)':>26s}{'x torchvision (20-80 %)':>28s}"
+    columns = (
+        f"{'ms forward':>12s}{'ms backward':>13s}{'clips/s (20-80 %)':>26s}{'x torchvision (20-80 %)':>28s}"
     )
+    print(f"\n{'encoder':20s}{columns}")
     found: dict[str, dict[str, Any]] = {}
     for name in stages:
         if name in failed:
