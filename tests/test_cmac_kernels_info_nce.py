@@ -82,13 +82,12 @@ def run(
     architecture: int = 0,
 ) -> list[Tensor]:
     """[loss, correct, gradient of the query]; with an architecture in the tiling of that one."""
-    if architecture:
-        from cmac.kernels import info_nce_triton
-
-        info_nce_triton._describe = lambda device: (architecture, 2)
     leaf = query.detach().clone().requires_grad_()
     banks = [Negatives(keys, ids) for keys, ids in negatives]
-    loss, correct = contrastive_loss(leaf, key, video_ids, banks, temperature, impl)
+    with pytest.MonkeyPatch.context() as patch:
+        if architecture:
+            patch.setattr("cmac.kernels.info_nce_triton._describe", lambda device: (architecture, 2))
+        loss, correct = contrastive_loss(leaf, key, video_ids, banks, temperature, impl)
     loss.backward(grad.to(loss.dtype))
     assert not correct.requires_grad and leaf.grad.dtype == query.dtype
     return [loss.detach(), correct, leaf.grad]
