@@ -1,5 +1,6 @@
 """Pretraining: the step, the schedule and the loop over a loader."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cmac.checkpoint import build_model, list_checkpoints, read_checkpoint, save_checkpoint
 from cmac.config import RunConfig, config_to_dict
+from cmac.kernels.check import resolve_compute
 from cmac.model import CMAC, StepOutput
 from cmac.optim import OptimizerConfig
 from cmac.provenance import git_commit
@@ -74,8 +76,9 @@ class Pretraining:
         self.commit = git_commit() if self.rank == 0 else None
 
         torch.manual_seed(config.seed)
+        compute, self.compute_choices = resolve_compute(config.compute, device)
         self.trainer = TrainingStep(
-            build_model(config, self.world_size),
+            build_model(dataclasses.replace(config, compute=compute), self.world_size),
             config.optimizer,
             device=device,
             precision=resolve_precision(config.precision, device),
@@ -177,6 +180,8 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
         )
         for name, count in training.model.parameter_counts().items():
             print(f"{name}: {count:,} parameters", flush=True)
+        for line in training.compute_choices:
+            print(line, flush=True)
         plan = f"{training.total_steps} steps of {config.loader.global_batch_size} clips"
         print(f"{plan}, {training.trainer.precision}, {training.world_size} rank(s) on {device}", flush=True)
         _warn_of_shared_statistics(training)
