@@ -57,6 +57,7 @@ def main() -> None:
             # torchrun sets one thread per process when the user sets none.
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local_ranks))
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
         if world_size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         loader_config = resolve_backend(

@@ -13,6 +13,8 @@ from cmac.optim import OptimizerConfig, build_momentum_update, build_optimizer, 
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+LEAST_CUDNN = 91500
+
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -77,6 +79,11 @@ class TrainingStep:
             raise ValueError(f"precision is {self.precision!r}, expected {' or '.join(_AUTOCAST)}")
         if model.config.batch_norm == "sync" and num_ranks() > 1 and self.device.type != "cuda":
             raise ValueError("model.batch_norm is 'sync', which needs CUDA; on CPU use 'shuffle' or 'local'")
+        if self.device.type == "cuda" and (torch.backends.cudnn.version() or 0) < LEAST_CUDNN:
+            raise ValueError(
+                f"cuDNN is {torch.backends.cudnn.version()}, expected at least {LEAST_CUDNN}: before, 3-D convolutions "
+                "in bf16 were wrong or several times slower; install the torch that setup.py names"
+            )
         if not self.compute.cuda_graph:
             return
         if self.device.type != "cuda" or num_ranks() > 1 or self.precision == "fp16":

@@ -272,6 +272,12 @@ def test_options_that_cannot_be_had_say_so(options, message):
         train(build(**options), 1)
 
 
+def test_a_cudnn_with_broken_convolutions_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    with pytest.raises(ValueError, match="cuDNN is 91002, expected at least 91500"):
+        TrainingStep(CMAC(TINY), SGD, device="cuda")
+
+
 def test_the_step_needs_torch_alone():
     """As on a machine that measures and has nothing else: no readers of video, tars or configurations."""
     code = """

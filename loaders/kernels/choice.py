@@ -6,9 +6,13 @@ import logging
 import os
 from typing import Literal, get_args
 
+import torch
+
 Impl = Literal["auto", "reference", "fused"]
 """`reference`: plain torch, everywhere. `fused`: Triton, on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 in
 the environment when Triton is imported. `auto`: fused on CUDA where Triton is installed, else the reference."""
+
+LEAST_CAPABILITY = (8, 0)
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,10 @@ def why_not_fused(device_type: str) -> str | None:
         return "Triton is not installed (it comes with torch for CUDA on Linux)"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {device_type} and TRITON_INTERPRET=1 is not set"
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < LEAST_CAPABILITY:
+            return f"the GPU has compute capability {capability}, Triton needs {LEAST_CAPABILITY}"
     return None
 
 
