@@ -423,13 +423,16 @@ def running_in_group(group: int) -> list[str]:
 
 
 def test_interrupt_ends_all_processes_and_can_go_on(videos: Path, reference: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = run_tool(videos, out)
-    deadline = time.monotonic() + 30
-    while not list(out.glob(".work/video-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
-    output, _ = process.communicate(timeout=30)
+    for attempt in range(5):  # on a busy machine the tool may be done before the signal comes
+        out = tmp_path / f"out{attempt}"
+        process = run_tool(videos, out)
+        deadline = time.monotonic() + 30
+        while not list(out.glob(".work/video-*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+        output, _ = process.communicate(timeout=30)
+        if process.returncode != 0:
+            break
     assert process.returncode == 130 and "run the same command again" in output and "Traceback" not in output
     deadline = time.monotonic() + 10  # for the resource tracker of multiprocessing
     while running_in_group(process.pid) and time.monotonic() < deadline:
