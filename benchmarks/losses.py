@@ -88,7 +88,7 @@ class Problem:
     size: str
     config: dict[str, Any]
     contenders: dict[str, Callable[[], Case]]
-    """The first is what the others are compared with."""
+    """How to make each ready."""
     check: Callable[[dict[str, Tensor]], dict[str, float]]
     """Largest relative differences from float64; raises WrongResult."""
     stage_names: tuple[str, ...] = ("forward", "backward")
@@ -98,6 +98,8 @@ class Problem:
     """Of what outlives a step: the banks."""
     count: bool = False
     """Count launches."""
+    baseline: str = "eager"
+    """Whose time is divided by the others'."""
 
     @property
     def name(self) -> str:
@@ -146,8 +148,9 @@ class Result:
             "milliseconds_wall": milliseconds(self.of("wall")),
             "milliseconds_of_stages": stages,
             "effective_bytes_per_second": rates,
-            "ratio_to_eager": self.ratio,
-            "ratio_to_eager_wall": self.ratio_wall,
+            "ratio_to": problem.baseline,
+            "ratio": self.ratio,
+            "ratio_wall": self.ratio_wall,
             "extra_gpu_memory_bytes": self.peak_bytes,
             "launches": self.launches,
             "relative_errors": self.errors,
@@ -478,6 +481,7 @@ def optimizer(config: ModelConfig, device: torch.device) -> Problem:
         },
         check,
         stage_names=("step",),
+        baseline="for loop",
         stage_bytes=(4 * (5 * count + 3 * key_count),),
         count=True,
     )
@@ -503,15 +507,19 @@ def build_problems(size: str, device: torch.device, num_clips: int) -> dict[str,
     def add(name: str, build: Callable[..., Problem], *arguments: Any) -> None:
         problems[name] = lambda: build(*arguments, device)
 
-    for count, num_keys in banks:
-        for bank_dtype in (bf16, fp32):
+    def add_info_nce(bank_dtype: torch.dtype) -> None:
+        for count, num_keys in banks:
             name = f"InfoNCE {count}x{num_keys} {str(bank_dtype).removeprefix('torch.')}"
             add(name, info_nce, count, num_keys, dim, bank_dtype)
+
+    # In the order of what is to be known first, in case time runs out.
+    add_info_nce(bf16)
     for count in clips:
         add(f"consistency {count} clips", consistency, count, channels, maps, dtype)
     for name, (shape, with_shortcut) in norms.items():
         add(f"batch norm {name}", batch_norm, name, (num_clips, *shape), with_shortcut, dtype)
     add("optimizer", optimizer, model)
+    add_info_nce(fp32)
     return problems
 
 
@@ -578,9 +586,10 @@ def measure(
         results[name].status, results[name].reason = "failed", reason
         if is_lost(device):
             restart_without(f"{problem.kind}: {name}", reason, args.arguments)
-    first = next(iter(results.values()))
     for name, result in results.items():
         result.times = [] if name in failed else times.get(name, [])
+    first = results.get(problem.baseline, Result(problem.baseline))
+    for result in results.values():
         result.ratio = ratios(result.of("device"), first.of("device"))
         result.ratio_wall = ratios(result.of("wall"), first.of("wall"))
     return list(results.values())
@@ -594,7 +603,7 @@ def report(problem: Problem, results: list[Result]) -> None:
     )
     print(
         f"\n{problem.name}: ms, median of {max(len(each.times) for each in results)} rounds (20 to 80 %)\n"
-        f"{'':16s}{'ms':>10s}{'':>20s}{stages}{'wall':>10s}{'x first':>9s}{'x wall':>8s}{'extra MB':>10s}"
+        f"{'':16s}{'ms':>10s}{'':>20s}{stages}{'wall':>10s}{'speed-up':>9s}{'wall':>8s}{'extra MB':>10s}"
         f"{'launches':>10s}{rates}"
     )
     for result in results:
@@ -629,7 +638,7 @@ def compare_with_targets(problems: list[tuple[Problem, list[Result]]]) -> list[d
 
     for problem, results in problems:
         by_name = {result.name: result for result in results}
-        fused = by_name.get("fused")
+        fused = by_name.get("fused", Result("fused"))
         if problem.kind == "InfoNCE":
             large = problem.config["num_keys"]
             if problem.config["num_clips"] == 1024 and large == 65_536:
@@ -638,7 +647,10 @@ def compare_with_targets(problems: list[tuple[Problem, list[Result]]]) -> list[d
                 used = None if fused.peak_bytes is None else fused.peak_bytes + problem.inputs_bytes
                 claim(f"{problem.name}: bytes, banks included", used, TARGET_INFO_NCE_BYTES, at_most=True)
         if problem.kind == "consistency":
-            claim(f"{problem.name}: x eager", _median(fused.ratio), TARGET_CONSISTENCY)
+            claim(f"{problem.name}: x eager, queued", _median(fused.ratio), TARGET_CONSISTENCY)
+            claim(
+                f"{problem.name}: x eager, launches included", _median(fused.ratio_wall), TARGET_CONSISTENCY
+            )
             claim(f"{problem.name}: launches", fused.launches, TARGET_LAUNCHES, at_most=True)
     return claims
 
@@ -707,6 +719,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if args.contenders:
             problem.contenders = {n: b for n, b in problem.contenders.items() if n in args.contenders}
+            if not problem.contenders:
+                continue
         started = time.monotonic()
         results = measure(problem, device, args, lost, deadline)
         report(problem, results)

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from benchmarks.common import quantiles
 
-BUSY_CYCLES = 2_000_000
-"""The device counts for about 1 ms before an event-timed call, so that the work is queued when its time begins."""
+BUSY_CYCLES = 10_000_000
+"""The device counts for about 5 ms before an event-timed call, so that the work is queued when its time begins."""
 
 Stage = Callable[[Any], Any]
 """A part of what is timed; takes what the part before gave (the first one takes None)."""

@@ -70,6 +70,8 @@ LEARNING_RATE = 1e-4
 GROUP = 16
 """Clips that share statistics with batch norm "shuffle"."""
 LARGEST_GRAPH_BATCH = 16
+COMPILE_SECONDS = 60.0
+"""To expect of torch.compile before it has been seen."""
 LOSSES = ("loss", "contrastive", "consistency")
 EXACT = (1e-4, 0.999)
 """Of a first step in float32: largest relative difference of each loss, smallest cosine of all gradients together."""
@@ -468,13 +470,16 @@ def prepare(
     device: torch.device,
     reference: First,
 ) -> Session:
-    """Build, take two steps, compare the first."""
+    """Build, take two steps (a CUDA graph: more), compare the first."""
     began = time.perf_counter()
     precision = "bf16" if device.type == "cuda" else "fp32"
     session = Session(result.contender, size, state, clips, device, precision)
     with watch_norms(session, result):
         losses = read_losses(session.run())
     compare(result, losses, session.gradients(), reference)
+    if result.contender.compute.cuda_graph:  # runs as it is at first, then is captured
+        for _ in range(4):
+            session.run()
     synchronize(device)
     started = time.perf_counter()
     session.run()
@@ -521,9 +526,10 @@ def measure(
     references: dict[str, First] = {}
     results = [Result(contender) for contender in contenders]
     sessions: dict[str, Session] = {}
+    expected = {True: COMPILE_SECONDS, False: 0.0}  # seconds to get ready, with and without torch.compile
     # What takes longest to get ready comes last, in case time runs out.
     for result in sorted(results, key=lambda r: (r.contender.compute.compile, not r.contender.plain)):
-        name = result.contender.name
+        name, compiles = result.contender.name, result.contender.compute.compile
         round_seconds = sum(
             r.step_seconds * (args.steps + 1) for r in results if r.contender.name in sessions
         )
@@ -531,7 +537,7 @@ def measure(
             result.status, result.reason = "failed", lost[name]
         elif result.contender.compute.cuda_graph and num_clips > LARGEST_GRAPH_BATCH:
             result.status, result.reason = "left out", f"for batches of at most {LARGEST_GRAPH_BATCH}"
-        elif time.monotonic() + 2 * round_seconds > deadline:
+        elif time.monotonic() + 2 * round_seconds + expected[compiles] > deadline:
             result.status, result.reason = "left out", "no time left (--limit)"
         if result.status != "timed":
             continue
@@ -545,6 +551,7 @@ def measure(
             fail(result, reason, device, args)
             continue
         sessions[name] = session
+        expected[compiles] = result.first_seconds
         difference = max(result.differences.values())
         angle = "" if result.cosine is None else f", gradients' cosine {result.cosine:.4f}"
         print(
@@ -686,24 +693,29 @@ def compare_with_targets(by_batch: dict[int, list[Result]]) -> list[dict[str, An
     return claims
 
 
-def choose(names: Sequence[str] | None) -> list[Contender]:
-    """Contenders of these names, or that hold one of these texts; all of them without any.
+def choose(only: Sequence[str] | None, without: Sequence[str] = ()) -> list[Contender]:
+    """Contenders of these names, or that hold one of these texts (all if there are none), but for those `without`.
 
     Raises:
-        ValueError: a text is in no name.
+        ValueError: a text is in no name, or nobody is left.
     """
     everyone = build_contenders()
+
+    def named(texts: Sequence[str]) -> set[str]:
+        picked = set()
+        for text in texts:
+            exact = [c.name for c in everyone if c.name == text]
+            found = exact or [c.name for c in everyone if text in c.name]
+            if not found:
+                known = "; ".join(c.name for c in everyone)
+                raise ValueError(f"{text!r} is part of no contender's name, expected one of: {known}")
+            picked.update(found)
+        return picked
+
+    names = (named(only) if only else {c.name for c in everyone}) - named(without)
     if not names:
-        return everyone
-    picked = set()
-    for text in names:
-        exact = [c.name for c in everyone if c.name == text]
-        found = exact or [c.name for c in everyone if text in c.name]
-        if not found:
-            known = "; ".join(c.name for c in everyone)
-            raise ValueError(f"--only {text!r} is part of no contender's name, expected one of: {known}")
-        picked.update(found)
-    return [c for c in everyone if c.name in picked]
+        raise ValueError(f"--only {only} and --without {without} leave no contender")
+    return [c for c in everyone if c.name in names]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -721,6 +733,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="contenders of this name, or that hold this text"
     )
+    parser.add_argument("--without", nargs="+", metavar="NAME", default=[], help="likewise: not these")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="of timing per contender and batch size, about"
     )
@@ -747,7 +760,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status: 1 if a contender computes something else."""
     args = parse(argv)
     try:
-        contenders = choose(args.only)
+        contenders = choose(args.only, args.without)
     except ValueError as error:
         print(error)
         return 2
