@@ -4,6 +4,7 @@ Needs torch alone.
 """
 
 import gc
+import math
 import os
 import sys
 import time
@@ -187,6 +188,15 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float] |
 def milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
     """`quantiles` in ms; None of nothing."""
     return quantiles([1000 * value for value in seconds]) if len(seconds) else None
+
+
+def finite(value: Any) -> Any:
+    """value with None for numbers that JSON does not have, as a wrong contender may give."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

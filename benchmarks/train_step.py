@@ -48,6 +48,7 @@ from benchmarks.stock import ForLoopMomentumUpdate  # noqa: E402
 from benchmarks.timing import (  # noqa: E402
     attempt,
     clean_up,
+    finite,
     is_lost,
     measure_ceiling,
     milliseconds,
@@ -310,7 +311,7 @@ class Result:
     def summary(self, num_clips: int, roofline: dict[str, float]) -> dict[str, Any]:
         """For the row and the last line."""
         rate = quantiles(self.rates(num_clips)) if self.seconds else None
-        return {
+        summary = {
             "status": self.status,
             "reason": self.reason,
             "clips_per_second": rate,
@@ -325,6 +326,7 @@ class Result:
             "gradient_cosine": self.cosine,
             "reference_batch_norms": self.reference_norms,
         }
+        return finite(summary)
 
 
 # Comparing the first step
@@ -782,7 +784,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if device.type != "cuda":
         print(f"there are no kernels on {device.type}: ours is ours, reference here")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     by_batch: dict[int, list[Result]] = {}
     for index, num_clips in enumerate(args.batch):
         now = time.monotonic()
