@@ -1,5 +1,6 @@
 """The step as a whole: the kernels against plain torch over many steps, no waiting for the device, and its options."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -290,3 +291,19 @@ sys.meta_path.insert(0, Refuse())
 import cmac.step
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_synchronized_batch_norms_take_the_places_and_the_state_of_ours():
+    model = build().model.eval()
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    kinds = {
+        type(module)
+        for module in synchronized.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    assert kinds == {nn.SyncBatchNorm}
+    synchronized.load_state_dict(model.state_dict(), strict=True)
+    frames, log_mel, _, _ = batch(0)
+    one, other = model.encode(frames, log_mel), synchronized.encode(frames, log_mel)
+    torch.testing.assert_close(one.embedding_v, other.embedding_v)
+    torch.testing.assert_close(one.predicted_a, other.predicted_a)
