@@ -81,7 +81,16 @@ if [ -z "$without" ]; then
 else
     skip test_loaders_frames "not installed: $without"
 fi
-CMAC_REQUIRE_GPU=1 step tests 120 "$python" -m pytest -q -m gpu "${tests[@]}"
+# All files at once: most of their time is Triton's compiler, on the CPU.
+CMAC_REQUIRE_GPU=1 step tests 130 bash -c '
+    python=$1 out=$2 status=0
+    shift 2
+    for file in "$@"; do
+        "$python" -m pytest -v --tb=short -m gpu -p no:cacheprovider "$file" >"$out/$(basename "$file" .py).log" 2>&1 &
+    done
+    for _ in "$@"; do wait -n || status=1; done
+    for file in "$@"; do echo "--- $file"; grep -E "^(FAILED|ERROR) |^=+ .* in " "$out/$(basename "$file" .py).log"; done
+    exit $status' tests "$python" "$out" "${tests[@]}"
 
 step losses 85 "$python" benchmarks/losses.py --seconds 1 --limit "$(left 65)"
 # torch.compile by itself: how long it takes is not known beforehand, and must not cost the others their results.
@@ -120,7 +129,7 @@ cp benchmarks/results/*.jsonl "$out/results/" 2>/dev/null
 (cd "$out" && tar -czf all.tar.gz --exclude=all.tar.gz ./*.log results)
 
 echo "=== targets"
-grep -hE ': (met|MISSED|-)$|^WRONG RESULT|fastest flags|passed|failed' "$out"/{tests,losses,train_step,train_step_compile,train_step_small,convolutions,frame_kernel}.log 2>/dev/null
+grep -hE ': (met|MISSED|-)$|^WRONG RESULT|fastest flags|^=+ .*(passed|failed)' "$out"/{tests,losses,train_step,train_step_compile,train_step_small,convolutions,frame_kernel}.log 2>/dev/null
 echo "=== summary: $SECONDS s"
 printf '%s\n' "${summary[@]}"
 if [ ${#failed[@]} -gt 0 ]; then
