@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import logging
 import os
 import sys
 import traceback
@@ -58,6 +59,7 @@ def main() -> None:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local_ranks))
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        _show_log(rank)
         if world_size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         loader_config = resolve_backend(
@@ -134,6 +136,17 @@ def choose_device(config: RunConfig) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _show_log(rank: int) -> None:
+    """Print what a step's parts say of their choices; of other ranks than the first only warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    for name in ("cmac", "loaders.kernels"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _say(line: str) -> None:

@@ -83,12 +83,13 @@ else
 fi
 # All files at once: most of their time is Triton's compiler, on the CPU.
 CMAC_REQUIRE_GPU=1 step tests 130 bash -c '
-    python=$1 out=$2 status=0
+    python=$1 out=$2 status=0 jobs=()
     shift 2
     for file in "$@"; do
         "$python" -m pytest -v --tb=short -m gpu -p no:cacheprovider "$file" >"$out/$(basename "$file" .py).log" 2>&1 &
+        jobs+=($!)
     done
-    for _ in "$@"; do wait -n || status=1; done
+    for job in "${jobs[@]}"; do wait "$job" || status=1; done
     for file in "$@"; do echo "--- $file"; grep -E "^(FAILED|ERROR) |^=+ .* in " "$out/$(basename "$file" .py).log"; done
     exit $status' tests "$python" "$out" "${tests[@]}"
 

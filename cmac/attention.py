@@ -55,7 +55,7 @@ class SaliencyHead(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, num_dims: int, norm: NormLayer) -> None:
-        conv = nn.Conv2d if num_dims == 2 else nn.Conv3d
+        conv = nn.Conv2d if num_dims == 2 else FactoredConv3d
         super().__init__(
             conv(in_channels, in_channels, 3, padding=1, bias=False),
             norm(in_channels),

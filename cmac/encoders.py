@@ -74,35 +74,43 @@ class FactoredConv3d(nn.Conv3d):
             if time == 1 and self.padding[0] == 0:
                 if self.stride[0] > 1:
                     x = x[:, :, :: self.stride[0]]  # a kernel of one frame never sees the others
-                return frames_conv(x, weight, self.stride[1:], self.padding[1:])
+                return frames_conv(x, weight, self.bias, self.stride[1:], self.padding[1:])
             if height == width == 1 and self.stride[1:] == (1, 1) and self.padding[1:] == (0, 0):
-                return time_conv(x, weight, self.stride[0], self.padding[0])
+                return time_conv(x, weight, self.bias, self.stride[0], self.padding[0])
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # In half precision torch 2.11 gives gradients on CPUs that were never written.
+            with torch.autocast("cpu", enabled=False):
+                return self._conv_forward(x.float(), weight.float(), self.bias)
         return self._conv_forward(x, weight, self.bias)
 
     @property
     def _is_plain(self) -> bool:
-        return (
-            self.bias is None
-            and self.groups == 1
-            and set(self.dilation) == {1}
-            and self.padding_mode == "zeros"
-        )
+        return self.groups == 1 and set(self.dilation) == {1} and self.padding_mode == "zeros"
 
 
-def frames_conv(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Each frame by itself. x: (N, C, T, H, W), channels_last_3d; weight: (O, C, 1, kh, kw). No copy of either."""
+def frames_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
+    """Each frame by itself. x: (N, C, T, H, W), channels_last_3d; weight: (O, C, 1, kh, kw); bias: (O,) or None.
+
+    Copies none of them, but x where every second frame of an odd number was left out before.
+    """
     num_clips, channels, num_frames, height, width = x.shape
     images = x.permute(0, 2, 3, 4, 1).reshape(num_clips * num_frames, height, width, channels)
-    y = F.conv2d(images.permute(0, 3, 1, 2), weight.squeeze(2), None, stride, padding)  # (N * T, O, H', W')
+    y = F.conv2d(images.permute(0, 3, 1, 2), weight.squeeze(2), bias, stride, padding)  # (N * T, O, H', W')
     y = y.permute(0, 2, 3, 1).reshape(num_clips, num_frames, *y.shape[2:], y.shape[1])
     return y.permute(0, 4, 1, 2, 3)  # (N, O, T, H', W')
 
 
-def time_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Each pixel by itself. x: (N, C, T, H, W), channels_last_3d; weight: (O, C, kt, 1, 1). No copy of either."""
+def time_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """Each pixel by itself. x: (N, C, T, H, W), channels_last_3d; weight: (O, C, kt, 1, 1); bias: (O,) or None.
+
+    Copies none of them.
+    """
     num_clips, channels, num_frames, height, width = x.shape
     images = x.permute(0, 2, 3, 4, 1).reshape(num_clips, num_frames, height * width, channels)
-    y = F.conv2d(images.permute(0, 3, 1, 2), weight.squeeze(4), None, (stride, 1), (padding, 0))
+    # Without its fourth axis, not its fifth, the weight's gradient has the weight's strides, as DDP wants them.
+    y = F.conv2d(images.permute(0, 3, 1, 2), weight.squeeze(3), bias, (stride, 1), (padding, 0))
     y = y.permute(0, 2, 3, 1).reshape(num_clips, y.shape[2], height, width, y.shape[1])
     return y.permute(0, 4, 1, 2, 3)  # (N, O, T', H, W)
 

@@ -55,8 +55,8 @@ class ModelConfig:
     queue_length: int = 15_000
     """Past keys kept per modality."""
     queue_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What past keys are stored as. bfloat16 halves memory and traffic of long queues and moves a logit by about
-    0.01 at the paper's temperature."""
+    """What past keys are stored as. bfloat16 halves memory and traffic of long queues; at the paper's temperature it
+    moves a logit by 0.002, at most by 0.01."""
     batch_norm: Literal["shuffle", "sync", "local"] = "shuffle"
     """How positives are kept from sharing batch statistics. `shuffle`: keys are computed on another rank than their
     query (MoCo); on one process, in shuffled groups of `batch_norm_group`. `sync`: SyncBatchNorm over all ranks
@@ -167,11 +167,11 @@ class CMAC(nn.Module):
         self.loss_config = loss or LossConfig()
         self.compute = compute or ComputeConfig()
         grouped = config.batch_norm == "shuffle" and world_size == 1
-        norm_2d, norm_3d = build_norm_layers(
-            config.batch_norm_group if grouped else None, self.compute.batch_norm_impl()
-        )
+        group_size = config.batch_norm_group if grouped else None
+        norm_2d, norm_3d = build_norm_layers(group_size, self.compute.batch_norm_impl())
         video = R2Plus1D(config.video, norm=norm_3d, compute=self.compute)
         audio = AudioResNet(config.audio, norm=norm_2d)
+        norm_2d, norm_3d = build_norm_layers(group_size, self.compute.batch_norm)  # g and h are not compiled
         channels = config.filter_channels
         self.video = ModalityBranch(video, CorrelationTransform(video.out_channels, channels, 3, norm_3d))
         self.audio = ModalityBranch(audio, CorrelationTransform(audio.out_channels, channels, 2, norm_2d))

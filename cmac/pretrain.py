@@ -76,7 +76,19 @@ class Pretraining:
         self.commit = git_commit() if self.rank == 0 else None
 
         torch.manual_seed(config.seed)
-        compute, self.compute_choices = resolve_compute(config.compute, device)
+        compute, lines = resolve_compute(
+            config.compute,
+            device,
+            num_clips=config.loader.global_batch_size // self.world_size,
+            dim=config.model.embedding_dim,
+            attention=config.model.attention,
+        )
+        if config.model.batch_norm == "sync" and self.world_size > 1:
+            lines = [line for line in lines if "compute.batch_norm" not in line]
+            lines.append("compute.batch_norm: torch's SyncBatchNorm, as model.batch_norm is 'sync'")
+        for line in lines:
+            if self.rank == 0 or line.startswith("WARNING"):
+                print(line if self.rank == 0 else f"rank {self.rank}: {line}", flush=True)
         self.trainer = TrainingStep(
             build_model(dataclasses.replace(config, compute=compute), self.world_size),
             config.optimizer,
@@ -180,8 +192,6 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
         )
         for name, count in training.model.parameter_counts().items():
             print(f"{name}: {count:,} parameters", flush=True)
-        for line in training.compute_choices:
-            print(line, flush=True)
         plan = f"{training.total_steps} steps of {config.loader.global_batch_size} clips"
         print(f"{plan}, {training.trainer.precision}, {training.world_size} rank(s) on {device}", flush=True)
         _warn_of_shared_statistics(training)

@@ -1,5 +1,6 @@
 """One optimization step of Eq. (8): momentum update, forward, backward, optimizer, queues. Needs torch alone."""
 
+import dataclasses
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -72,7 +73,7 @@ class TrainingStep:
                 broadcast_buffers=False,  # queues are equal on all ranks, batch-norm statistics are each rank's own
                 gradient_as_bucket_view=True,
             )
-        self._graph = _StepGraph(self._run) if self.compute.cuda_graph else None
+        self._graph = _StepGraph(self._run, self.device) if self.compute.cuda_graph else None
 
     def _check(self, model: CMAC) -> None:
         if self.precision not in _AUTOCAST:
@@ -147,7 +148,8 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.enqueue(output)
-        return output
+        # Whoever keeps the loss is not to keep the graph behind it.
+        return dataclasses.replace(output, loss=output.loss.detach())
 
     def _autocast(self) -> AbstractContextManager:
         # Each weight is used once in a step, so there is nothing to cache.
@@ -179,7 +181,7 @@ class TrainingStep:
         if state["scaler"]:  # empty when the precision so far needed no loss scaling
             self.scaler.load_state_dict(state["scaler"])
         if self._graph is not None:
-            self._graph = _StepGraph(self._run)
+            self._graph = _StepGraph(self._run, self.device)
 
 
 class _StepGraph:
@@ -187,10 +189,10 @@ class _StepGraph:
 
     WARMUP_STEPS = 3  # kernels are compiled and chosen, optimizer state comes to be
 
-    def __init__(self, run: "TrainingStep._run") -> None:
+    def __init__(self, run: "TrainingStep._run", device: torch.device) -> None:
         self._run = run
         self._num_steps = 0
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: dict[str, Tensor], shuffles: tuple[KeyShuffle, ...]) -> StepOutput:
@@ -204,12 +206,15 @@ class _StepGraph:
         tensors = [*inputs.values(), *(t for shuffle in shuffles for t in (shuffle.order, shuffle.inverse))]
         if self._graph is None:
             self._capture(inputs, shuffles, tensors)
+        described, expected = (
+            [(tuple(tensor.shape), tensor.dtype) for tensor in each] for each in (tensors, self._static)
+        )
+        if described != expected:
+            raise ValueError(
+                f"a batch has tensors {described}, the CUDA graph was made for {expected}; leave compute.cuda_graph "
+                "out for batches that change"
+            )
         for static, tensor in zip(self._static, tensors, strict=True):
-            if static.shape != tensor.shape:
-                raise ValueError(
-                    f"a batch has a tensor {tuple(tensor.shape)} where the CUDA graph has {tuple(static.shape)}; "
-                    "leave compute.cuda_graph out for batches of changing size"
-                )
             static.copy_(tensor, non_blocking=True)
         self._graph.replay()
         return self._output
@@ -232,10 +237,11 @@ class _StepGraph:
             )
             for index, shuffle in enumerate(shuffles)
         )
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Loaders go on with their own CUDA work in other threads.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self._run(static_inputs, static_shuffles)
+        self._graph = graph
 
 
 def use_channels_last(model: CMAC) -> None:

@@ -475,6 +475,9 @@ class _Run:
             rows += [ReportRow(**row) for row in record["rows"]]
         rows.sort(key=lambda row: os.fsencode(row.path))
         out = Path(self.config.out)
+        for name in (REPORT_NAME, MANIFEST_NAME):
+            for abandoned in out.glob(f".{name}.*.tmp"):  # of a run that was killed while it wrote
+                abandoned.unlink()
         write_atomically(out / REPORT_NAME, report_csv(rows))
         skipped = Counter(row.reason for row in rows if row.status == "skipped")
         if not shards:

@@ -34,6 +34,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU float32 means float32, not TensorFloat-32, which cuDNN takes for convolutions otherwise."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real media named by CMAC_DATA (default: ../shared/data beside the repository)."""

@@ -195,3 +195,9 @@ def test_compiling_and_checkpointing_exclude_each_other():
     with pytest.raises(ValueError, match="compute.batch_norm 'fused'"):
         ComputeConfig(compile=True, batch_norm="fused")
     assert ComputeConfig(compile=True).batch_norm_impl() == "reference"
+
+
+@pytest.mark.parametrize("name", ["convolutions", "activation_checkpointing"])
+def test_ways_to_compute_that_do_not_exist_are_refused(name):
+    with pytest.raises(ValueError, match=f"compute.{name} is 'eraly', expected"):
+        ComputeConfig(**{name: "eraly"})

@@ -26,8 +26,8 @@ class Tolerance(NamedTuple):
 
 
 # bfloat16 rounds by up to 2 ** -8 of a number. Banks are compared as they are stored, so it is queries and weights that
-# count. The interpreter is as exact as a GPU.
-TOLERANCES = {"float32": Tolerance(1e-5, 1e-4), "bfloat16": Tolerance(3e-2, 3e-1)}
+# count. Tensor cores drop what does not fit when they add, which the interpreter does not: it comes to 2e-6.
+TOLERANCES = {"float32": Tolerance(3e-5, 2e-4), "bfloat16": Tolerance(3e-2, 3e-1)}
 DTYPES = ["float32", "bfloat16"]
 
 

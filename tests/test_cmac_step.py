@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import math
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -9,14 +11,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmac.attention import AttentionConfig
 from cmac.collectives import KeyShuffle
 from cmac.compute import ComputeConfig
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
+from cmac.kernels import check
 from cmac.losses import LossConfig
 from cmac.model import CMAC, ModelConfig
+from cmac.norm import BatchNorm2d, BatchNorm3d
 from cmac.optim import OptimizerConfig
 from cmac.step import TrainingStep
 
@@ -73,7 +80,7 @@ def train(trainer: TrainingStep, steps: int, first: int = 0, device: str = "cpu"
     for step in range(first, first + steps):
         rate = LEARNING_RATE * min(1.0, (step + 1) / 50)
         output = trainer(*batch(step, device), learning_rate=rate, shuffle_seed=step)
-        losses.append(output.loss)
+        losses.append(output.loss.clone())  # a CUDA graph writes to the same place in each step
     return torch.stack(losses).tolist()
 
 
@@ -117,9 +124,10 @@ def test_two_hundred_steps_with_all_kernels_go_the_references_way_on_the_gpu(mon
 
 
 @pytest.mark.gpu
-def test_cuda_graph_takes_the_same_steps():
-    eager = train(build(FUSED, device="cuda"), 30, device="cuda")
-    graph = train(build(dataclasses.replace(FUSED, cuda_graph=True), device="cuda"), 30, device="cuda")
+def test_cuda_graph_takes_the_same_steps(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    eager = train(build(FUSED, LOCAL, device="cuda"), 30, device="cuda")
+    graph = train(build(dataclasses.replace(FUSED, cuda_graph=True), LOCAL, device="cuda"), 30, device="cuda")
     assert max(abs(a - b) for a, b in zip(eager, graph, strict=True)) < 1e-3
 
 
@@ -258,6 +266,57 @@ def test_going_on_from_a_state_equals_never_stopping():
     second.load_state_dict(first.state_dict())
     losses = train(second, 4, first=4)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-4
+
+
+def test_what_has_no_kernel_still_trains_where_kernels_work(monkeypatch):
+    """`auto` stays `auto`: `fused` would refuse a softmax, and memory that is not channels-last."""
+    monkeypatch.setattr(check, "find_fault", lambda part, device: None)
+    softmax = AttentionConfig(norm="softmax")
+    compute, _ = check.resolve_compute(ComputeConfig(), "cuda", attention=softmax)
+    model = CMAC(dataclasses.replace(TINY, attention=softmax), LOSS, compute=compute)
+    trainer = TrainingStep(model, SGD, device="cpu", channels_last=False)
+    assert all(map(math.isfinite, train(trainer, 2)))
+
+
+def _rank(rank: int, ranks: int, port: int, options: dict, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model = CMAC(LOCAL, LOSS, compute=ComputeConfig(**options), world_size=ranks)
+    trainer = TrainingStep(model, dataclasses.replace(SGD, clip_gradient_norm=1.0), device="cpu")
+    torch.save(_states(trainer, slice(rank * 2, rank * 2 + 2)), f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _states(trainer: TrainingStep, part: slice) -> dict[str, torch.Tensor]:
+    """Parameters, gradients' traces in the optimizer and queues after five steps on a part of each batch."""
+    for step in range(5):
+        clips = (tensor[part] for tensor in batch(step))
+        trainer(*clips, learning_rate=LEARNING_RATE, shuffle_seed=step)
+    state = {n: v for n, v in trainer.model.state_dict().items() if "running" not in n and "tracked" not in n}
+    for number, slot in enumerate(trainer.optimizer.state.values()):
+        state[f"momentum.{number}"] = slot["momentum_buffer"]
+    return state
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "early", "pad_channels": True}])
+def test_two_ranks_equal_one_process_whose_batch_norm_has_their_groups(tmp_path, options):
+    whole = build(ComputeConfig(**options), LOCAL, optimizer=dataclasses.replace(SGD, clip_gradient_norm=1.0))
+    for module in whole.model.modules():
+        if isinstance(module, (BatchNorm2d, BatchNorm3d)):
+            module.group_size = 2
+    expected = _states(whole, slice(0, 4))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (2, port, options, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name], value, atol=2e-5, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 @pytest.mark.parametrize(

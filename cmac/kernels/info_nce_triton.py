@@ -15,8 +15,9 @@ What limits it:
 - From about a thousand queries on, tensor cores: 4 * queries * keys * dimensions FLOP in bfloat16, behind which the
   softmax between the two products hides in part only. Three times as many for float32 banks, as a product of float32
   tensors is three of float16 tensors: each number is the sum of two, of 22 bits together, which errs by about 1e-6 in
-  a logit. (Triton's own `tf32x3` has twice the work in that and takes over 200 KiB of shared memory, `ieee` has no
-  tensor cores, plain TF32 errs by 1e-3.) Float16 ends at 65,504: this is for vectors of about unit norm.
+  a logit (in the interpreter). Triton's own `tf32x3` has twice the work in that and takes over 200 KiB of shared
+  memory, `ieee` has no tensor cores, plain TF32 errs by 1e-3. Float16 ends at 65,504: this is for vectors of about
+  unit norm.
 - At the paper's 2 x 128 queries and 2 x 15,000 keys, reading the banks, partial results and launches weigh alike.
 
 With a bfloat16 bank queries and softmax weights are rounded to bfloat16, too, and summed in float32. The positive's
