@@ -7,6 +7,7 @@ both ways with `load_state_dict(strict=True)`.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,9 @@ class FactoredConv3d(nn.Conv3d):
         """`forward` with another weight (out, in, kt, kh, kw) of the same kernel size."""
         time, height, width = self.kernel_size
         if x.is_contiguous(memory_format=torch.channels_last_3d) and self._is_plain:
-            if time == 1 and self.padding[0] == 0:
-                if self.stride[0] > 1:
-                    x = x[:, :, :: self.stride[0]]  # a kernel of one frame never sees the others
+            if self.kernel_size == (1, 1, 1) and max(self.stride) > 1 and self.padding == (0, 0, 0):
+                return frames_conv(_Subsample.apply(x, self.stride), weight, self.bias, (1, 1), (0, 0))
+            if time == 1 and self.stride[0] == 1 and self.padding[0] == 0:
                 return frames_conv(x, weight, self.bias, self.stride[1:], self.padding[1:])
             if height == width == 1 and self.stride[1:] == (1, 1) and self.padding[1:] == (0, 0):
                 return time_conv(x, weight, self.bias, self.stride[0], self.padding[0])
@@ -88,12 +89,31 @@ class FactoredConv3d(nn.Conv3d):
         return self.groups == 1 and set(self.dilation) == {1} and self.padding_mode == "zeros"
 
 
+class _Subsample(torch.autograd.Function):
+    """What a strided 1 x 1 x 1 convolution sees of x, copied: backward fills one tensor and writes the few values that
+    are not zero, where slices would fill one per axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: tuple[int, int, int]) -> Tensor:
+        ctx.stride, ctx.shape = stride, x.shape
+        time, height, width = stride
+        return x[:, :, ::time, ::height, ::width].contiguous(memory_format=torch.channels_last_3d)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time, height, width = ctx.stride
+        num_clips, channels, *size = ctx.shape
+        full = gradient.new_zeros(num_clips, *size, channels).permute(0, 4, 1, 2, 3)
+        full[:, :, ::time, ::height, ::width] = gradient
+        return full, None
+
+
 def frames_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:
     """Each frame by itself. x: (N, C, T, H, W), channels_last_3d; weight: (O, C, 1, kh, kw); bias: (O,) or None.
 
-    Copies none of them, but x where every second frame of an odd number was left out before.
+    Copies none of them.
     """
     num_clips, channels, num_frames, height, width = x.shape
     images = x.permute(0, 2, 3, 4, 1).reshape(num_clips * num_frames, height, width, channels)

@@ -152,13 +152,23 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1)])
-def test_factored_convolutions_take_any_kernel_and_memory(kernel):
-    conv = FactoredConv3d(3, 4, kernel, 2, 1, bias=False)
-    x = torch.randn(2, 3, 5, 8, 6)
-    expected = nn.functional.conv3d(x, conv.weight, None, 2, 1)
-    torch.testing.assert_close(conv(x), expected)
-    torch.testing.assert_close(conv(x.to(memory_format=torch.channels_last_3d)), expected)
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2, 2), (2, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_factored_convolutions_take_any_kernel_stride_padding_and_memory(kernel, stride, padding, bias):
+    torch.manual_seed(0)
+    conv = FactoredConv3d(3, 4, kernel, stride, padding, bias=bias).double()
+    x = torch.randn(2, 3, 5, 8, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *conv.parameters()]
+    expected = nn.functional.conv3d(x, conv.weight, conv.bias, stride, padding)
+    gradient = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, leaves, gradient)
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        out = conv(x.to(memory_format=memory_format))
+        torch.testing.assert_close(out, expected)
+        for got, want in zip(torch.autograd.grad(out, leaves, gradient), wanted, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_checkpointing_keeps_less_for_backward():
