@@ -16,7 +16,7 @@ help:
 	@echo "make demo VIDEOS=FOLDER    the same on your own videos"
 	@echo "make install               only set up .venv"
 	@echo "make test                  run the tests (TESTS='-k queue' picks some)"
-	@echo "make bench                 the loaders beside other libraries, and what a shard costs to make (20 minutes)"
+	@echo "make bench                 loaders, shard making and training step beside what else could do it (25 minutes)"
 	@echo "make clean                 remove runs/demo* and the virtual environment"
 
 install: $(VENV)/.installed
@@ -31,6 +31,9 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/make_shards.py
 	$(VENV)/bin/python benchmarks/loader_throughput.py
 	$(VENV)/bin/python benchmarks/loader_memory.py
+	$(VENV)/bin/python benchmarks/convolutions.py
+	$(VENV)/bin/python benchmarks/losses.py
+	$(VENV)/bin/python benchmarks/train_step.py
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
