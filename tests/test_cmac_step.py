@@ -116,6 +116,21 @@ def test_steps_with_all_kernels_go_the_references_way(interpreter: Callable):
     assert_same_trajectory(fused, trajectory(12, batch_norm="reference", losses="reference"))
 
 
+def half_precision(precision: str, **compute: str) -> list[float]:
+    return train(build(ComputeConfig(**compute), LOCAL, precision=precision), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_reaches_all_kernels_and_stays_near_the_reference(interpreter: Callable, precision: str):
+    fused = interpreter(half_precision, precision, batch_norm="fused", losses="fused")
+    reference = half_precision(precision, batch_norm="reference", losses="reference")
+    exact = half_precision("fp32", batch_norm="reference", losses="reference")
+    assert fused != exact
+    for one, other in zip(fused, reference, strict=True):
+        assert abs(one - other) < 0.03 * abs(other) + 0.01
+
+
 @pytest.mark.gpu
 def test_two_hundred_steps_with_all_kernels_go_the_references_way_on_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
