@@ -206,7 +206,7 @@ def initial_state(size: Size, device: torch.device) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-class Session:
+class Trial:
     """A contender's model on the device, and its steps."""
 
     def __init__(
@@ -356,17 +356,17 @@ def reference_step(
     contender = Contender("plain torch", plain, batch_norm=batch_norm)
 
     def step(precision: str) -> First:
-        session = Session(contender, size, state, clips, device, precision)
-        losses = read_losses(session.run())
-        return First(losses, session.gradients())
+        trial = Trial(contender, size, state, clips, device, precision)
+        losses = read_losses(trial.run())
+        return First(losses, trial.gradients())
 
     def forward() -> First:
-        session = Session(contender, size, state, clips, device, "fp32")
+        trial = Trial(contender, size, state, clips, device, "fp32")
         inputs = clips.channels_last, clips.log_mel, clips.video_ids, clips.valid
-        count = session.step.model.num_shuffles()
+        count = trial.step.model.num_shuffles()
         shuffles = tuple(KeyShuffle.draw(len(clips), 1, device) for _ in range(count))
         with torch.no_grad():
-            return First(read_losses(session.step.forward(*inputs, shuffles)), None)
+            return First(read_losses(trial.step.forward(*inputs, shuffles)), None)
 
     with exact_float32():
         first, reason = attempt(lambda: step("fp32"), device)
@@ -439,10 +439,10 @@ def compare(result: Result, losses: dict[str, float], gradients: list[Tensor], r
 
 
 @contextlib.contextmanager
-def watch_norms(session: Session, result: Result) -> Iterator[None]:
+def watch_norms(trial: Trial, result: Result) -> Iterator[None]:
     """Inside, count the batch norms that fall back to plain torch, and why."""
-    compute = session.step.compute
-    if not session._frames.is_cuda or compute.batch_norm_impl() == "reference":
+    compute = trial.step.compute
+    if not trial._frames.is_cuda or compute.batch_norm_impl() == "reference":
         yield
         return
     seen: dict[torch.nn.Module, str] = {}
@@ -451,7 +451,7 @@ def watch_norms(session: Session, result: Result) -> Iterator[None]:
         if not is_channels_last(arguments[0]):
             seen[module] = "not channels-last"
 
-    norms = [m for m in session.step.model.modules() if isinstance(m, (BatchNorm2d, BatchNorm3d))]
+    norms = [m for m in trial.step.model.modules() if isinstance(m, (BatchNorm2d, BatchNorm3d))]
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     try:
         yield
@@ -471,42 +471,42 @@ def prepare(
     clips: Clips,
     device: torch.device,
     reference: First,
-) -> Session:
+) -> Trial:
     """Build, take two steps (a CUDA graph: more), compare the first."""
     began = time.perf_counter()
     precision = "bf16" if device.type == "cuda" else "fp32"
-    session = Session(result.contender, size, state, clips, device, precision)
-    with watch_norms(session, result):
-        losses = read_losses(session.run())
-    compare(result, losses, session.gradients(), reference)
+    trial = Trial(result.contender, size, state, clips, device, precision)
+    with watch_norms(trial, result):
+        losses = read_losses(trial.run())
+    compare(result, losses, trial.gradients(), reference)
     if result.contender.compute.cuda_graph:  # runs as it is at first, then is captured
         for _ in range(4):
-            session.run()
+            trial.run()
     synchronize(device)
     started = time.perf_counter()
-    session.run()
+    trial.run()
     synchronize(device)
     result.step_seconds = time.perf_counter() - started
     result.first_seconds = time.perf_counter() - began
-    return session
+    return trial
 
 
-def take_turn(session: Session, result: Result, device: torch.device, steps: int) -> float:
+def take_turn(trial: Trial, result: Result, device: torch.device, steps: int) -> float:
     """Seconds of a step; keeps the most memory it takes."""
     clean_up(device)
     before, reserved = 0, 0
     if device.type == "cuda":
         before, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-    session.run()
+    trial.run()
     synchronize(device)
     began = time.perf_counter()
     for _ in range(steps):
-        session.run()
+        trial.run()
     synchronize(device)
     seconds = (time.perf_counter() - began) / steps
     if device.type == "cuda":
-        own = session.nbytes()
+        own = trial.nbytes()
         peak = torch.cuda.max_memory_allocated(device) - before + own
         most = torch.cuda.max_memory_reserved(device) - reserved + own
         result.peak_bytes = max(peak, result.peak_bytes or 0)
@@ -527,14 +527,12 @@ def measure(
     clips, state = Clips(size, num_clips, device), initial_state(size, device)
     references: dict[str, First] = {}
     results = [Result(contender) for contender in contenders]
-    sessions: dict[str, Session] = {}
+    trials: dict[str, Trial] = {}
     expected = {True: COMPILE_SECONDS, False: 0.0}  # seconds to get ready, with and without torch.compile
     # What takes longest to get ready comes last, in case time runs out.
     for result in sorted(results, key=lambda r: (r.contender.compute.compile, not r.contender.plain)):
         name, compiles = result.contender.name, result.contender.compute.compile
-        round_seconds = sum(
-            r.step_seconds * (args.steps + 1) for r in results if r.contender.name in sessions
-        )
+        round_seconds = sum(r.step_seconds * (args.steps + 1) for r in results if r.contender.name in trials)
         if name in lost:
             result.status, result.reason = "failed", lost[name]
         elif result.contender.compute.cuda_graph and num_clips > LARGEST_GRAPH_BATCH:
@@ -548,11 +546,11 @@ def measure(
             references[batch_norm] = reference_step(size, state, clips, device, batch_norm)
         arguments = result, size, state, clips, device, references[batch_norm]
         clean_up(device)
-        session, reason = attempt(lambda a=arguments: prepare(*a), device)
+        trial, reason = attempt(lambda a=arguments: prepare(*a), device)
         if reason is not None:
             fail(result, reason, device, args)
             continue
-        sessions[name] = session
+        trials[name] = trial
         expected[compiles] = result.first_seconds
         difference = max(result.differences.values())
         angle = "" if result.cosine is None else f", gradients' cosine {result.cosine:.4f}"
@@ -568,24 +566,22 @@ def measure(
     references.clear()
     began = time.monotonic()
     for round_ in range(args.rounds):
-        round_seconds = sum(
-            r.step_seconds * (args.steps + 1) for r in results if r.contender.name in sessions
-        )
+        round_seconds = sum(r.step_seconds * (args.steps + 1) for r in results if r.contender.name in trials)
         if round_ > 0 and time.monotonic() + round_seconds > deadline:
             print(f"  {round_} of {args.rounds} rounds: no time left (--limit)")
             break
         for result in results:
-            session = sessions.get(result.contender.name)
+            trial = trials.get(result.contender.name)
             spent = sum(result.seconds.values()) * (args.steps + 1)
-            if session is None or (result.seconds and spent > args.seconds):
+            if trial is None or (result.seconds and spent > args.seconds):
                 continue
-            turn = session, result, device, args.steps
+            turn = trial, result, device, args.steps
             seconds, reason = attempt(lambda t=turn: take_turn(*t), device)
             if reason is None:
                 result.seconds[round_] = seconds
             else:
-                del sessions[result.contender.name]
-                del session, turn
+                del trials[result.contender.name]
+                del trial, turn
                 fail(result, reason, device, args)
     print(f"  timed in {time.monotonic() - began:.0f} s", flush=True)
     stock = results[0].seconds if results[0].contender.name == "stock" else {}

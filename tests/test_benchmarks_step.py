@@ -87,13 +87,13 @@ def test_the_step_is_timed_beside_stock_and_failures_are_kept(tmp_path: Path):
 def test_a_step_that_computes_something_else_is_reported(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    build = train_step.Session.__init__
+    build = train_step.Trial.__init__
 
-    def build_wrong(session: train_step.Session, contender: train_step.Contender, *arguments: Any) -> None:
-        build(session, contender, *arguments)
+    def build_wrong(trial: train_step.Trial, contender: train_step.Contender, *arguments: Any) -> None:
+        build(trial, contender, *arguments)
         if contender.name != "ours":
             return
-        model = session.step.model
+        model = trial.step.model
         if fault == "loss":
             model.loss_config = LossConfig(temperature=0.0701)
         elif fault == "nothing finite":
@@ -102,7 +102,7 @@ def test_a_step_that_computes_something_else_is_reported(
             for parameter in model.audio.parameters():
                 parameter.register_hook(lambda gradient: -gradient)
 
-    monkeypatch.setattr(train_step.Session, "__init__", build_wrong)
+    monkeypatch.setattr(train_step.Trial, "__init__", build_wrong)
     arguments = ["--device", "cpu", "--only", "stock", "ours", "ours, reference", "--batch", "4"]
     assert train_step.main([*arguments, "--rounds", "1", "--steps", "1", "--results", str(tmp_path)]) == 1
     out = capsys.readouterr().out
