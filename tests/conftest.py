@@ -105,8 +105,10 @@ class Compiled(NamedTuple):
 def compile_for_gpu() -> Callable[..., Compiled]:
     """Compiles a Triton kernel to machine code; needs no GPU.
 
-    call(kernel, signature, constants, architecture, num_warps=4, num_stages=3): signature maps the names of arguments
-    to Triton's types ("*bf16", "i32", "fp32"), constants those of tl.constexpr to values; architecture is 80, 86 or 90.
+    call(kernel, signature, constants, architecture, num_warps=4, num_stages=3, aligned=False): signature maps the names
+    of arguments to Triton's types ("*bf16", "i32", "fp32"), constants those of tl.constexpr to values; architecture is
+    80, 86 or 90. aligned: all pointers are multiples of 16 bytes; else nothing is assumed of them, and the weaker code
+    has to fit as well.
     """
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -119,11 +121,13 @@ def compile_for_gpu() -> Callable[..., Compiled]:
         architecture: int,
         num_warps: int = 4,
         num_stages: int = 3,
+        aligned: bool = False,
     ) -> Compiled:
         signature = {**signature, **dict.fromkeys(constants, "constexpr")}
         ordered = {name: signature[name] for name in kernel.arg_names}
-        # What Triton assumes of pointers and of sizes divisible by 16 is left out: the weaker code must fit as well.
-        source = ASTSource(kernel, ordered, constexprs=constants)
+        pointers = [n for n, kind in enumerate(ordered.values()) if kind.startswith("*")]
+        attributes = {(n,): [["tt.divisibility", 16]] for n in pointers} if aligned else {}
+        source = ASTSource(kernel, ordered, constexprs=constants, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         report = _ptxas(compiled.asm["ptx"], architecture)

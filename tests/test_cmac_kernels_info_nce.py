@@ -379,37 +379,12 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 """What a program may have."""
 
 
-def compile_as_launched(
-    name: str, signature: dict[str, str], constants: dict[str, Any], architecture: int, **options: int
-) -> tuple[int, int, int]:
-    """(shared bytes, registers, spilled bytes), of pointers to multiples of 16 bytes, which the module ensures."""
-    from conftest import _ptxas
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from cmac.kernels import info_nce_triton
-
-    kernel = getattr(info_nce_triton, name)
-    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
-    ordered = {argument: signature[argument] for argument in kernel.arg_names}
-    aligned = {
-        (n,): [["tt.divisibility", 16]] for n, type_ in enumerate(ordered.values()) if type_.startswith("*")
-    }
-    source = ASTSource(kernel, ordered, constexprs=constants, attrs=aligned)
-    compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    report = _ptxas(compiled.asm["ptx"], architecture)
-    registers = int(re.search(r"Used (\d+) registers", report)[1])
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-    print(f"sm_{architecture} {name} {constants} {options}", compiled.metadata.shared, registers, spilled)
-    return compiled.metadata.shared, registers, spilled
-
-
 @pytest.mark.parametrize("architecture", [80, 86, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("num_queries", [16, 32, 64, 256])
-def test_sweep_fits_gpus_at_the_papers_256_dimensions(architecture, dtype, num_queries):
-    pytest.importorskip("triton")
-    from cmac.kernels.info_nce_triton import choose_tiling
+def test_sweep_fits_gpus_at_the_papers_256_dimensions(compile_for_gpu, architecture, dtype, num_queries):
+    """With pointers to multiples of 16 bytes, which `_readable` ensures."""
+    from cmac.kernels.info_nce_triton import _sweep, choose_tiling
 
     tiling = choose_tiling(num_queries, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], architecture)
     signature = {
@@ -424,9 +399,9 @@ def test_sweep_fits_gpus_at_the_papers_256_dimensions(architecture, dtype, num_q
         "SPLIT": dtype == "fp32", "INTERPRETED": False,
     }  # fmt: skip
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    shared, _, spilled = compile_as_launched("_sweep", signature, constants, architecture, **options)
-    assert shared <= SHARED[architecture]
-    assert spilled <= SPILLED.get((dtype, tiling.rows), 0)
+    compiled = compile_for_gpu(_sweep, signature, constants, architecture, **options, aligned=True)
+    assert compiled.shared_bytes <= SHARED[architecture]
+    assert compiled.spilled_bytes <= SPILLED.get((dtype, tiling.rows), 0)
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 90])

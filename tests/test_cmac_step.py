@@ -122,7 +122,9 @@ def half_precision(precision: str, **compute: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_reaches_all_kernels_and_stays_near_the_reference(interpreter: Callable, precision: str):
+def test_half_precision_reaches_all_kernels_and_stays_near_the_reference(
+    interpreter: Callable, precision: str
+):
     fused = interpreter(half_precision, precision, batch_norm="fused", losses="fused")
     reference = half_precision(precision, batch_norm="reference", losses="reference")
     exact = half_precision("fp32", batch_norm="reference", losses="reference")
