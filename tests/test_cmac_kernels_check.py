@@ -86,6 +86,16 @@ def test_choices_of_the_user_are_left_alone(monkeypatch):
     monkeypatch.setattr(check, "find_fault", lambda part, device: sys.exit("tried"))
     for chosen in (
         ComputeConfig(batch_norm="fused", losses="reference"),
-        ComputeConfig(compile=True, losses="fused"),
+        ComputeConfig(compile=True, batch_norm="reference", losses="fused"),
     ):
         assert check.resolve_compute(chosen, CUDA) == (chosen, [])
+
+
+def test_compiled_encoders_leave_the_other_batch_norms_to_the_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(check, "find_fault", lambda part, device: None)
+    compute, lines = check.resolve_compute(ComputeConfig(compile=True, losses="reference"), CUDA)
+    assert compute.batch_norm == "auto"
+    assert lines == [
+        "compute.batch_norm: kernels (they agree with plain torch here), torch.compile's in the encoders"
+    ]

@@ -52,15 +52,15 @@ def resolve_compute(
     losses = partial(_losses, num_clips=num_clips, dim=dim, attention=attention or AttentionConfig())
     lines = []
     for name, check in (("batch_norm", _batch_norm), ("losses", losses)):
-        impl = compute.batch_norm_impl() if name == "batch_norm" else compute.losses
-        if impl != "auto":
+        if getattr(compute, name) != "auto":
             continue
         if device.type != "cuda":
             lines.append(f"compute.{name}: plain torch (on {device.type})")
             continue
         fault = why_not_fused(device.type) or find_fault(check, device)
         if fault is None:
-            lines.append(f"compute.{name}: kernels (they agree with plain torch here)")
+            compiled = ", torch.compile's in the encoders" if name == "batch_norm" and compute.compile else ""
+            lines.append(f"compute.{name}: kernels (they agree with plain torch here){compiled}")
         else:
             compute = dataclasses.replace(compute, **{name: "reference"})
             lines.append(
