@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if os.environ.get("CMAC_REQUIRE_GPU") == "1":
                 pytest.fail("CMAC_REQUIRE_GPU=1 but torch sees no CUDA device")
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

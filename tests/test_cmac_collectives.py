@@ -1,7 +1,5 @@
 """Keys come back to their clips, whichever rank computed them, and each clip travels to one rank only."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,12 +49,6 @@ def test_without_keys_ids_are_gathered_still():
     assert gathered.keys == () and torch.equal(gathered.video_ids, ids)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _exchange(rank: int, ranks: int, port: int, per_rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
@@ -85,5 +77,5 @@ def _exchange(rank: int, ranks: int, port: int, per_rank: int) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "per_rank"), [(2, 1), (2, 5), (3, 4)])
-def test_ranks_deal_clips_and_get_the_keys_of_all(ranks, per_rank):
-    torch.multiprocessing.spawn(_exchange, (ranks, _free_port(), per_rank), nprocs=ranks)
+def test_ranks_deal_clips_and_get_the_keys_of_all(free_port, ranks, per_rank):
+    torch.multiprocessing.spawn(_exchange, (ranks, free_port, per_rank), nprocs=ranks)

@@ -1,7 +1,6 @@
 """The model's training forward: what is trained, momentum copies, queues, and several ranks against one."""
 
 import dataclasses
-import socket
 
 import pytest
 import torch
@@ -219,12 +218,6 @@ def test_shuffled_groups_give_keys_other_batch_statistics_than_queries():
     assert not torch.allclose(keys[0], query) and not torch.allclose(keys[0], keys[1])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _steps(model: nn.Module, module: CMAC, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Three steps of SGD on this rank's part of batches of eight; one clip of the second batch is bad."""
     for layer in module.modules():
@@ -272,11 +265,11 @@ def _rank(rank: int, world_size: int, port: int, batch_norm: str, negatives: str
 
 
 @pytest.mark.parametrize(("batch_norm", "negatives"), [("local", "queue"), ("shuffle", "batch")])
-def test_two_ranks_with_half_the_batch_equal_one_with_the_whole(tmp_path, batch_norm, negatives):
+def test_two_ranks_with_half_the_batch_equal_one_with_the_whole(tmp_path, free_port, batch_norm, negatives):
     torch.manual_seed(0)
     module = CMAC(dataclasses.replace(TINY, batch_norm=batch_norm), LossConfig(negatives=negatives))
     expected = _steps(module, module, 0, 1)
-    torch.multiprocessing.spawn(_rank, (2, _free_port(), batch_norm, negatives, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (2, free_port, batch_norm, negatives, str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert got.keys() == expected.keys()

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -317,16 +316,13 @@ def _states(trainer: TrainingStep, part: slice) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "early", "pad_channels": True}])
-def test_two_ranks_equal_one_process_whose_batch_norm_has_their_groups(tmp_path, options):
+def test_two_ranks_equal_one_process_whose_batch_norm_has_their_groups(tmp_path, free_port, options):
     whole = build(ComputeConfig(**options), LOCAL, optimizer=dataclasses.replace(SGD, clip_gradient_norm=1.0))
     for module in whole.model.modules():
         if isinstance(module, (BatchNorm2d, BatchNorm3d)):
             module.group_size = 2
     expected = _states(whole, slice(0, 4))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (2, port, options, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (2, free_port, options, str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
