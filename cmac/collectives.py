@@ -48,19 +48,14 @@ class KeyShuffle:
         places = torch.arange(len(order)) // num_clips  # (global N,) rank that computes the place
         mine = owner == rank
         coming = owner[places == rank]  # (N,)
-        index = torch.stack(
-            [
-                order.argsort(),
-                order,
-            ]
-        )
+        index = torch.stack([order, order.argsort()])
         rows = torch.stack([order[mine] % num_clips, coming.argsort(stable=True).argsort()])
         if torch.device(device).type == "cuda":
             index, rows = index.pin_memory(), rows.pin_memory()  # copied without waiting
         index, rows = index.to(device, non_blocking=True), rows.to(device, non_blocking=True)
         return KeyShuffle(
-            order=index[1],
-            inverse=index[0],
+            order=index[0],
+            inverse=index[1],
             send=rows[0],
             receive=rows[1],
             num_sent=tuple(torch.bincount(places[mine], minlength=ranks).tolist()),

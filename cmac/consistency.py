@@ -40,7 +40,7 @@ def consistency_loss(
             what is missing.
     """
     _check(transformed, other_filter, saliency, reduction)
-    why_not = _why_not_fused(config)
+    why_not = why_no_kernel(config)
     if why_not and impl == "fused":
         raise ValueError(
             f"impl is 'fused', but {why_not}; expected model.attention.norm 'cosine' with cosine_range 'shift' or "
@@ -92,7 +92,7 @@ def _check(transformed: Tensor, other_filter: Tensor, saliency: Tensor, reductio
             raise ValueError(f"{name} is on {tensor.device}, expected {transformed.device} as transformed")
 
 
-def _why_not_fused(config: AttentionConfig) -> str | None:
+def why_no_kernel(config: AttentionConfig) -> str | None:
     """Which option the kernels lack; None if they have all."""
     if config.norm == "softmax":
         return "model.attention.norm is 'softmax'"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cmac.attention import AttentionConfig
 from cmac.compute import ComputeConfig
-from cmac.consistency import consistency_loss
-from cmac.losses import Negatives, contrastive_loss
+from cmac.consistency import consistency_loss, why_no_kernel
+from cmac.losses import MAX_FUSED_DIM, Negatives, contrastive_loss
 from cmac.norm import build_norm_layers
 from loaders.kernels.choice import Impl, why_not_fused
 
@@ -127,11 +127,13 @@ def _losses(
     for dtype in TOLERANCES:
         negatives = [Negatives(bank.to(dtype), torch.arange(len(bank), device=device) - 1) for bank in banks]
         leaf = query.clone().requires_grad_()
-        output = contrastive_loss(leaf, key, ids, negatives, 0.2, "reference" if dim > 256 else impl)
+        output = contrastive_loss(
+            leaf, key, ids, negatives, 0.2, "reference" if dim > MAX_FUSED_DIM else impl
+        )
         output.loss.sum().backward()
         yield from ((dtype, tensor) for tensor in (output.loss.detach()[None], leaf.grad))
-    if attention.norm == "softmax" or (attention.norm == "cosine" and attention.cosine_range == "minmax"):
-        return  # these have no kernel
+    if why_no_kernel(attention):
+        return
     for size in ((4, 8, 8), (9, 4)):
         memory_format = torch.channels_last_3d if len(size) == 3 else torch.channels_last
         for dtype in TOLERANCES:
