@@ -25,6 +25,8 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "rich>=13",
+        "safetensors>=0.4",
+        "scikit-learn>=1.4",
         "tensorboard>=2.15",
         "tyro>=0.9",
         "webdataset>=0.2.100",
@@ -42,7 +44,6 @@ setup(
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "scikit-learn>=1.4",
             "torchvision==0.26.*",  # the build that goes with torch 2.11
         ],
     },
