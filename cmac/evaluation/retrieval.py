@@ -1,7 +1,15 @@
-"""Cross-modal retrieval: does a clip's picture find its own sound among many, and the other way round?"""
+"""Retrieval among many. Cross-modal: does a clip's picture find its own sound, and the other way round? By class:
+does a video find one of its own class (paper section 4.2, Table 5)?"""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
+
+CLASS_QUERIES_AT_ONCE = 512
+"""Queries compared with the whole gallery in one product; bounds memory, not the result."""
 
 
 def retrieval_ranks(query: Tensor, gallery: Tensor) -> Tensor:
@@ -43,3 +51,102 @@ def retrieval_recall(query: Tensor, gallery: Tensor, k: int) -> float:
     if len(query) == 0:
         raise ValueError("no clips to retrieve from, expected at least one")
     return (retrieval_ranks(query, gallery) <= k).double().mean().item()
+
+
+def class_ranks(
+    query: Tensor, query_labels: Sequence[Hashable], gallery: Tensor, gallery_labels: Sequence[Hashable]
+) -> Tensor:
+    """Rank of the best gallery entry of each query's own class, 1 is best.
+
+    Args:
+        query: (Q, D), any floating dtype, any norm: rows are compared by cosine.
+        query_labels: class of each query, a name or a number.
+        gallery: (G, D). In Table 5 queries are test videos and the gallery the training videos of split 1.
+        gallery_labels: class of each gallery entry.
+
+    Returns:
+        int64 (Q,), values 1..G; G + 1 for a query whose class has no gallery entry: it can be found at no k.
+        Choice: ties count against the query, as in `retrieval_ranks`: entries of other classes that score as high
+        are put before it.
+
+    Raises:
+        ValueError: if shapes or numbers of labels differ, or a row has no direction (zeros, NaN or infinity).
+    """
+    if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
+        raise ValueError(
+            f"query is {tuple(query.shape)} and gallery {tuple(gallery.shape)}, expected (Q, D) and (G, D)"
+        )
+    for name, rows, labels in (("query", query, query_labels), ("gallery", gallery, gallery_labels)):
+        if len(rows) != len(labels):
+            raise ValueError(
+                f"{len(rows)} rows of {name} and {len(labels)} labels, expected one label per row"
+            )
+        if len(rows) == 0:
+            raise ValueError(f"{name} is empty, expected at least one video")
+    query, gallery = _unit_rows(query, "query"), _unit_rows(gallery, "gallery")
+    numbers: dict[Hashable, int] = {}
+    own = torch.tensor([numbers.setdefault(label, len(numbers)) for label in query_labels])
+    other = torch.tensor([numbers.setdefault(label, len(numbers)) for label in gallery_labels])
+    ranks = []
+    for start in range(0, len(query), CLASS_QUERIES_AT_ONCE):
+        rows = slice(start, start + CLASS_QUERIES_AT_ONCE)
+        similarity = query[rows] @ gallery.T  # (q, G)
+        same = own[rows, None].to(similarity.device) == other[None].to(similarity.device)  # (q, G)
+        best = similarity.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)  # (q, 1)
+        # Products of equal rows may differ in the last bits, see retrieval_ranks.
+        before = (similarity >= best - 1e-12) & ~same
+        ranks.append(torch.where(same.any(dim=1), before.sum(dim=1) + 1, len(gallery) + 1))
+    return torch.cat(ranks).cpu()
+
+
+def class_recall(
+    query: Tensor,
+    query_labels: Sequence[Hashable],
+    gallery: Tensor,
+    gallery_labels: Sequence[Hashable],
+    ks: Sequence[int],
+) -> dict[int, float]:
+    """Recall at each k of Table 5: share of queries with an entry of their class among the k nearest by cosine.
+
+    Arguments, ties and what is raised as in `class_ranks`. Returns {k: 0..1}; ValueError for k < 1. A query whose
+    class has no gallery entry counts as not found.
+    """
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+    ranks = class_ranks(query, query_labels, gallery, gallery_labels)
+    return {k: (ranks <= k).double().mean().item() for k in ks}
+
+
+def class_recall_chance(
+    query_labels: Sequence[Hashable], gallery_labels: Sequence[Hashable], ks: Sequence[int]
+) -> dict[int, float]:
+    """What `class_recall` is on average when the gallery is in random order: {k: 0..1}.
+
+    For a class with g of the G entries, 1 - C(G - g, k) / C(G, k).
+    """
+    counts = Counter(gallery_labels)
+    total = len(gallery_labels)
+    chance = {}
+    for k in ks:
+        drawn = min(k, total)
+        missed = {
+            label: math.comb(total - counts[label], drawn) / math.comb(total, drawn)
+            for label in set(query_labels)
+        }
+        chance[k] = 1 - sum(missed[label] for label in query_labels) / len(query_labels)
+    return chance
+
+
+def _unit_rows(rows: Tensor, name: str) -> Tensor:
+    """Rows divided by their norm, float64."""
+    rows = rows.double()
+    norms = rows.norm(dim=1, keepdim=True)
+    if not torch.isfinite(norms).all():
+        raise ValueError(f"{name} holds NaN or infinity, expected finite features; did training diverge?")
+    if (norms == 0).any():
+        raise ValueError(
+            f"row {int((norms == 0).flatten().nonzero()[0])} of {name} is all zeros and has no cosine; "
+            "is that layer dead?"
+        )
+    return rows / norms
