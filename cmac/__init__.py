@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmac.checkpoint import load_checkpoint
     from cmac.model import CMAC, ModelConfig
+    from cmac.weights import Encoders, load
 
-__all__ = ["CMAC", "ModelConfig", "load_checkpoint"]
+__all__ = ["CMAC", "Encoders", "ModelConfig", "load", "load_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from cmac.checkpoint import load_checkpoint
 
         return load_checkpoint
+    if name in ("Encoders", "load"):
+        from cmac import weights
+
+        return getattr(weights, name)
     if name in ("CMAC", "ModelConfig"):
         from cmac import model
 
