@@ -7,8 +7,12 @@ import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from shards.schema import video_hash
+
+Needs = Literal["both", "video", "audio"]
+"""Which streams of a file are used."""
 
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .asf .mpg .mpeg .m2ts .mts .ts .vob .ogv .ogg .3gp .3g2 .mxf "
@@ -50,7 +54,7 @@ def videos_of_folder(folder: str, leave_out: str | None = None) -> list[SourceVi
             f"{folder} has no video files ({', '.join(sorted(VIDEO_SUFFIXES))}), expected at least one; "
             f"check --videos, or name files of other suffixes with --list"
         )
-    return _with_hashes((name, os.path.join(folder, name), _folder_label(name)) for name in names)
+    return with_hashes((name, os.path.join(folder, name), _folder_label(name)) for name in names)
 
 
 def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]:
@@ -91,7 +95,7 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
         rows[name] = (name, found, label.strip() if tab and label.strip() else _folder_label(name))
     if not rows:
         raise ValueError(f"{list_path} names no videos, expected one path per line")
-    return _with_hashes(rows[name] for name in sorted(rows, key=os.fsencode)), repeated
+    return with_hashes(rows[name] for name in sorted(rows, key=os.fsencode)), repeated
 
 
 def videos_of_kinetics(
@@ -134,7 +138,7 @@ def videos_of_kinetics(
         folders = {row["label"], row["label"].replace(" ", "_")}
         name = min(candidates, key=lambda name: _kinetics_rank(name, folders, same))
         videos.setdefault(name, (name, os.path.join(folder, name), label))
-    return _with_hashes(videos[name] for name in sorted(videos, key=os.fsencode))
+    return with_hashes(videos[name] for name in sorted(videos, key=os.fsencode))
 
 
 def _kinetics_rank(name: str, label_folders: set[str], split_folders: set[str]) -> tuple[bool, bool, bytes]:
@@ -204,7 +208,7 @@ def _folder_label(name: str) -> str | None:
     return parent.rpartition("/")[2] or None
 
 
-def _with_hashes(rows: Iterable[tuple[str, str | None, str | None]]) -> list[SourceVideo]:
+def with_hashes(rows: Iterable[tuple[str, str | None, str | None]]) -> list[SourceVideo]:
     """Videos with unique key hashes: where two ids collide, the later one's is drawn again."""
     videos, taken = [], set()
     for name, path, label in rows:
