@@ -101,10 +101,12 @@ def proportion_interval(hits: int, total: int, level: float = 0.95) -> tuple[flo
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t interval of the mean of values that are independent (seeds); None for fewer than two.
+    """Student's t interval of the mean of independent values (seeds); None for fewer than two, or for equal ones.
 
-    Not clipped to 0..1. With three splits or five folds of one dataset it is a rule of thumb: their training sets
-    overlap, so they vary less than independent repetitions would. Three values give one more than twice as wide as 1.96 standard errors.
+    Not clipped to 0..1. For splits or folds of one dataset it is a rule of thumb: their training sets overlap, so
+    they vary less than independent repetitions would. With three values it is 2.2 times as wide as the same spread
+    would give with many. Values that are all equal show no spread to judge by, and no interval is better than one
+    of no width.
 
     Raises:
         ValueError: if a value is not finite.
@@ -112,7 +114,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     array = np.asarray(values, dtype=np.float64)
     if not np.isfinite(array).all():
         raise ValueError(f"values are {list(values)}, expected finite numbers")
-    if len(array) < 2:
+    if len(array) < 2 or (array == array[0]).all():
         return None
     half = stdtrit(len(array) - 1, (1 + level) / 2) * array.std(ddof=1) / math.sqrt(len(array))
     return float(array.mean() - half), float(array.mean() + half)
