@@ -140,12 +140,12 @@ TABLE_1 = PaperTable(
     settings=("Att. Cons.", "Contr. Loss"),
     columns=_TOP1,
     rows=(
-        PaperRow(key="scratch", method="Scratch", ours=True, settings=("no", "no"), percents=(73.2, 23.7)),
+        PaperRow(key="scratch", method="Scratch", ours=True, settings=("✗", "✗"), percents=(73.2, 23.7)),
         PaperRow(
             key="single-modality",
             method="Single Modality",
             ours=True,
-            settings=("no", "yes"),
+            settings=("✗", "✓"),
             percents=(82.5, 47.3),
             note="The paper does not say how it was trained; two views of one modality are needed for it.",
         ),
@@ -153,17 +153,17 @@ TABLE_1 = PaperTable(
             key="no-contrastive",
             method="CMAC w/o L_cl",
             ours=True,
-            settings=("yes", "no"),
+            settings=("✓", "✗"),
             percents=(76.4, 25.1),
         ),
         PaperRow(
             key="no-consistency",
             method="CMAC w/o L_ac",
             ours=True,
-            settings=("no", "yes"),
+            settings=("✗", "✓"),
             percents=(85.5, 56.4),
         ),
-        PaperRow(key="full", method="CMAC", ours=True, settings=("yes", "yes"), percents=(87.2, 57.8)),
+        PaperRow(key="full", method="CMAC", ours=True, settings=("✓", "✓"), percents=(87.2, 57.8)),
     ),
     protocol=_ABLATION,
     known_errors=(_HMDB_OF_THE_FULL_MODEL,),
@@ -198,16 +198,16 @@ TABLE_3 = PaperTable(
     columns=_TOP1,
     rows=(
         PaperRow(
-            key="neither", method="CMAC", ours=True, settings=("no", "no", "3,509"), percents=(86.5, 57.0)
+            key="neither", method="CMAC", ours=True, settings=("✗", "✗", "3,509"), percents=(86.5, 57.0)
         ),
         PaperRow(
-            key="negatives", method="CMAC", ours=True, settings=("yes", "no", "3,509"), percents=(87.2, 57.8)
+            key="negatives", method="CMAC", ours=True, settings=("✓", "✗", "3,509"), percents=(87.2, 57.8)
         ),
         PaperRow(
-            key="positives", method="CMAC", ours=True, settings=("no", "yes", "7,018"), percents=(86.2, 56.4)
+            key="positives", method="CMAC", ours=True, settings=("✗", "✓", "7,018"), percents=(86.2, 56.4)
         ),
         PaperRow(
-            key="both", method="CMAC", ours=True, settings=("yes", "yes", "7,018"), percents=(86.7, 57.5)
+            key="both", method="CMAC", ours=True, settings=("✓", "✓", "7,018"), percents=(86.7, 57.5)
         ),
     ),
     protocol=_ABLATION + " Iter.: steps per epoch.",

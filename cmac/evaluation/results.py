@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
-MEAN_OF_THREE_SPLITS = "1-3 mean"
 
 _log = logging.getLogger(__name__)
 

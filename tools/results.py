@@ -1,0 +1,380 @@
+"""Results of evaluations as Markdown tables beside the paper's numbers.
+
+    python -m tools.results runs/results.jsonl --table 5 --markdown results.md
+
+prints what it writes. A row of the paper is marked "(paper)"; the others are what the files hold, numbered, with
+interval, chance, values per fold, weights, commit, videos and skips in the table below. Of several results of the
+same evaluation the newest is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmac.evaluation.paper import TABLES, PaperTable
+from cmac.evaluation.results import Metric, Result, latest, read_results
+from shards.manifest import write_atomically
+
+DEFAULT_FILE = Path("runs/results.jsonl")
+TABLE_ORDER = ("4", "5", "6", "1", "2", "3", "fig4")
+NOTHING = "-"
+
+COMMANDS = {
+    ("action-recognition", "ucf101"): "python -m tools.finetune CHECKPOINT --data UCF101 --split all",
+    ("action-recognition", "hmdb51"): "python -m tools.finetune CHECKPOINT --data HMDB51 --split all",
+    ("video-retrieval", "ucf101"): "python -m tools.retrieve CHECKPOINT --data UCF101",
+    ("video-retrieval", "hmdb51"): "python -m tools.retrieve CHECKPOINT --data HMDB51",
+    ("audio-classification", "esc50"): "python -m tools.classify_audio CHECKPOINT --data ESC-50",
+    ("audio-classification", "dcase2013"): "python -m tools.classify_audio CHECKPOINT --data DCASE2013",
+    ("audio-classification", "dcase2014"): "python -m tools.classify_audio CHECKPOINT --data DCASE2014",
+}
+"""What makes the results of a paper table's columns, by task and dataset. Ablations: `ablation_command`."""
+
+TEST_VIDEOS = {
+    ("ucf101", "1"): 3783,
+    ("ucf101", "2"): 3734,
+    ("ucf101", "3"): 3696,
+    ("ucf101", "1-3 mean"): 3783 + 3734 + 3696,
+    ("hmdb51", "1"): 1530,
+    ("hmdb51", "2"): 1530,
+    ("hmdb51", "3"): 1530,
+    ("hmdb51", "1-3 mean"): 3 * 1530,
+    ("esc50", "folds 1-5"): 2000,
+    ("esc10", "folds 1-5"): 400,
+    ("dcase2014", "test"): 100,
+    ("flickr-soundnet", "test"): 250,
+}
+"""Test videos (or sounds) of the complete datasets by dataset and split, to say where only a part was evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A result and the number by which the tables refer to it."""
+
+    number: int
+    result: Result
+
+
+def ablation_command(table: PaperTable) -> str:
+    """What makes the results of an ablation table."""
+    return f"python -m tools.reproduce --table {table.name}"
+
+
+def ablation_place(result: Result) -> tuple[str, str] | None:
+    """(table, row) of the paper that a result of task `ablation` belongs to; None where it says none.
+
+    `config["paper"]` holds them: {"table": "1", "row": "no-consistency"}.
+    """
+    place = result.config.get("paper")
+    if result.task != "ablation" or not isinstance(place, dict):
+        return None
+    name, key = place.get("table"), place.get("row")
+    if name not in TABLES or key not in [row.key for row in TABLES[name].rows]:
+        return None
+    return name, key
+
+
+def belongs_to(result: Result, table: PaperTable) -> bool:
+    """Whether a result is a row of this paper table."""
+    if result.task != table.task:
+        return False
+    if table.task == "ablation":
+        place = ablation_place(result)
+        return place is not None and place[0] == table.name
+    datasets = {column.dataset for column in table.columns}
+    return result.dataset in datasets and result.split == table.split_of(result.dataset)
+
+
+def render(results: Sequence[Result], tables: Sequence[str] | None = None, notes: Iterable[str] = ()) -> str:
+    """The Markdown page.
+
+    Args:
+        results: of any tasks; of the same evaluation the newest is taken.
+        tables: names of paper tables; None for all of them and one table for each task with other results.
+        notes: lines for the page's head.
+    """
+    newest = latest(results)
+    entries = [Entry(number=number, result=result) for number, result in enumerate(newest, start=1)]
+    older = len(results) - len(newest)
+    head = f"{_count(len(newest), 'result')}"
+    if older:
+        head += f"; {_count(older, 'older one')} of the same evaluations left out"
+    parts = [
+        "# Results beside the paper's",
+        "\n".join([*notes, f"{head}. Figures in %, 95 % intervals in brackets."]),
+    ]
+    for name in TABLE_ORDER if tables is None else tables:
+        table = TABLES[name]
+        parts += _paper_section(table, [entry for entry in entries if belongs_to(entry.result, table)])
+    if tables is None:
+        others = [
+            entry
+            for entry in entries
+            if not any(belongs_to(entry.result, table) for table in TABLES.values())
+        ]
+        for task in dict.fromkeys(entry.result.task for entry in others):
+            own = [entry for entry in others if entry.result.task == task]
+            parts += [f"## {task}: not in the paper's tables", _details(own)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _paper_section(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
+    """Heading, the table with our rows above the paper's, details of ours, what is missing, what is misprinted."""
+    known = [(column.dataset, column.metric) for column in table.columns]
+    # An ablation at small scale is measured by other figures on another dataset; they get columns of their own.
+    extra = []
+    if table.task == "ablation":
+        extra = [
+            (entry.result.dataset, name)
+            for entry in entries
+            for name in entry.result.metrics
+            if (entry.result.dataset, name) not in known
+        ]
+    columns = [*known, *dict.fromkeys(extra)]
+    heads = [column.heading for column in table.columns] + [
+        f"{dataset} {metric}" for dataset, metric in columns[len(known) :]
+    ]
+    lines = []
+    for group in _rows_of_ours(table, entries):
+        settings = ("",) * len(table.settings)
+        name = " ".join(f"#{entry.number}" for entry in group) + " " + _code(group[0].result.checkpoint)
+        place = ablation_place(group[0].result)
+        if place is not None:
+            row = table.row(place[1])
+            settings, name = row.settings, f"{name} {row.method}"
+        found = {
+            (entry.result.dataset, metric): value
+            for entry in group
+            for metric, value in entry.result.metrics.items()
+        }
+        cells = [_figure(found[column]) if column in found else NOTHING for column in columns]
+        lines.append([name, *settings, *cells])
+    chances = [_shared_chance(entries, column) for column in columns]
+    if any(chance is not None for chance in chances):
+        cells = [NOTHING if chance is None else _percent(chance) for chance in chances]
+        lines.append(["chance", *("" for _ in table.settings), *cells])
+    for row in table.rows:
+        values = [table.value(row.key, *column) for column in known]
+        cells = [NOTHING if value.percent is None else f"{value.percent:.1f}" for value in values]
+        cells = [
+            cell if value.percent == value.likely_percent else f"{cell} (likely {value.likely_percent:.1f})"
+            for cell, value in zip(cells, values)
+        ]
+        method = row.method + ("" if row.citation is None else f" [{row.citation}]")
+        lines.append([f"{method} (paper)", *row.settings, *cells, *(NOTHING for _ in columns[len(known) :])])
+    where = "Fig. 4" if table.name == "fig4" else f"Table {table.name}"
+    parts = [
+        f"## {where}: {table.title}",
+        f"{table.protocol} Paper section {table.section}.",
+        _markdown_table(["Method", *table.settings, *heads], lines),
+    ]
+    if entries:
+        parts.append(_details(entries))
+    missing = _missing(table, entries)
+    if missing:
+        parts.append("\n".join(["Not measured here yet:", "", *(f"- {line}" for line in missing)]))
+    remarks = [f"{row.method}: {row.note}" for row in table.rows if row.note] + list(table.known_errors)
+    if remarks:
+        parts.append("\n".join(["About the paper's rows:", "", *(f"- {line}" for line in remarks)]))
+    return parts
+
+
+def _rows_of_ours(table: PaperTable, entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Results that share a row: those of the same weights, one per dataset.
+
+    Where the weights have several protocols on one dataset, only results whose protocols are the same but for the
+    dataset's name share one.
+    """
+    if table.task == "ablation":
+        return [[entry] for entry in entries]
+    by_weights: dict[str, list[Entry]] = {}
+    for entry in entries:
+        weights = entry.result.checkpoint_digest or f"no digest: {entry.result.checkpoint}"
+        by_weights.setdefault(weights, []).append(entry)
+    rows = []
+    for group in by_weights.values():
+        if len({entry.result.dataset for entry in group}) == len(group):
+            rows.append(group)
+            continue
+        by_protocol: dict[str, list[list[Entry]]] = {}
+        for entry in group:
+            same = by_protocol.setdefault(entry.result.protocol.replace(entry.result.dataset, ""), [])
+            for row in same:
+                if entry.result.dataset not in {other.result.dataset for other in row}:
+                    row.append(entry)
+                    break
+            else:
+                same.append([entry])
+        rows += [row for same in by_protocol.values() for row in same]
+    return rows
+
+
+def _missing(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
+    """For each dataset (or variant) without a result of ours, the command that makes one."""
+    if table.task == "ablation":
+        have = {ablation_place(entry.result)[1] for entry in entries}
+        lacking = [row for row in table.rows if row.key not in have]
+        if not lacking:
+            return []
+        return [f"{', '.join(row.key for row in lacking)}: `{ablation_command(table)}`"]
+    have = {entry.result.dataset for entry in entries}
+    return [
+        f"{dataset}, {_split(table.split_of(dataset))}: `{COMMANDS[table.task, dataset]}`"
+        for dataset in dict.fromkeys(column.dataset for column in table.columns)
+        if dataset not in have
+    ]
+
+
+def _details(entries: Sequence[Entry]) -> str:
+    """A line per metric of each result, with all that belongs to it."""
+    heads = [
+        "#",
+        "Dataset",
+        "Split",
+        "Protocol",
+        "Metric",
+        "Value",
+        "Interval",
+        "Per fold",
+        "Chance",
+        "Videos",
+        "Skipped",
+        "Weights",
+        "Digest",
+        "Commit",
+        "Time",
+    ]
+    lines = []
+    for entry in entries:
+        result = entry.result
+        for name, metric in result.metrics.items():
+            lines.append(
+                [
+                    f"#{entry.number}",
+                    result.dataset,
+                    result.split,
+                    result.protocol,
+                    name,
+                    _percent(metric.value),
+                    _interval(metric) or NOTHING,
+                    NOTHING if metric.per_fold is None else ", ".join(_percent(v) for v in metric.per_fold),
+                    NOTHING if metric.chance is None else _percent(metric.chance),
+                    _videos(result),
+                    _skipped(result),
+                    _code(result.checkpoint),
+                    result.checkpoint_digest or NOTHING,
+                    result.commit,
+                    result.time,
+                ]
+            )
+    return _markdown_table(heads, lines)
+
+
+def _videos(result: Result) -> str:
+    """Number of videos, and of how many where the dataset is not complete."""
+    if "num_videos" not in result.counts:
+        return NOTHING
+    number = result.counts["num_videos"]
+    complete = TEST_VIDEOS.get((result.dataset, result.split))
+    return str(number) if complete is None or number >= complete else f"{number} of {complete}"
+
+
+def _skipped(result: Result) -> str:
+    """Everything that was left out, by reason."""
+    skipped = {
+        name.removeprefix("skipped").strip() or "videos": count
+        for name, count in result.counts.items()
+        if name.startswith("skipped") and count
+    }
+    return ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+
+
+def _shared_chance(entries: Sequence[Entry], column: tuple[str, str]) -> float | None:
+    """Chance of a column where all our results in it agree, else None (each has its own in the details)."""
+    dataset, name = column
+    chances = {
+        entry.result.metrics[name].chance
+        for entry in entries
+        if entry.result.dataset == dataset and name in entry.result.metrics
+    }
+    return chances.pop() if len(chances) == 1 else None
+
+
+def _figure(metric: Metric) -> str:
+    interval = _interval(metric)
+    return f"{_percent(metric.value)} {interval}" if interval else _percent(metric.value)
+
+
+def _interval(metric: Metric) -> str:
+    if metric.interval is None:
+        return ""
+    low, high = metric.interval
+    return f"[{_percent(low)}, {_percent(high)}]"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def _split(name: str) -> str:
+    return f"split {name}" if name[0].isdigit() else name
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _code(text: str) -> str:
+    """As code, so that nothing in a name is taken for Markdown."""
+    ticks = "`" * (1 + max((len(run) for run in text.split("`")), default=0) if "`" in text else 1)
+    return f"{ticks}{text}{ticks}"
+
+
+def _markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Table whose columns are padded, so that it can be read in a terminal, too."""
+    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [heads, *lines]]
+    widths = [max(3, *(len(row[index]) for row in rows)) for index in range(len(heads))]
+    padded = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+    return "\n".join([padded[0], rule, *padded[1:]])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0 when the page was made."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "files", nargs="*", type=Path, help=f"files of results, one JSON line each (default: {DEFAULT_FILE})"
+    )
+    parser.add_argument(
+        "--table", choices=(*sorted(TABLES), "all"), default="all", help="of the paper (default: all)"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="OUT.md", help="write the page to this file, too")
+    args = parser.parse_args(argv)
+    try:
+        notes = []
+        files = args.files or [DEFAULT_FILE]
+        if not args.files and not DEFAULT_FILE.exists():
+            files, notes = [], [f"{DEFAULT_FILE} does not exist: nothing was measured here yet."]
+        results = [result for path in files for result in read_results(path)]
+        page = render(results, None if args.table == "all" else [args.table], notes)
+        # A file name that is not UTF-8 (surrogate escapes) is shown with question marks.
+        data = page.encode("utf-8", "replace")
+        if args.markdown is not None:
+            args.markdown.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(args.markdown, data)
+    except (ValueError, OSError) as error:
+        print(f"results: {error}", file=sys.stderr)
+        return 1
+    print(data.decode("utf-8"), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
