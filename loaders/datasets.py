@@ -24,6 +24,8 @@ DCASE_SCENES = (
     "bus busystreet office openairmarket park quietstreet restaurant supermarket tube tubestation".split()
 )
 DCASE_FOLDS = 5
+HMDB51_LIST = re.compile(r"(.+)_test_split([123])\.txt")
+ESC_LISTS = ("meta", "")
 ESC_COLUMNS = ("filename", "fold", "target", "category", "esc10")
 ESC_FOLDS = ("1", "2", "3", "4", "5")
 
@@ -139,10 +141,9 @@ def hmdb51(folder: str | os.PathLike[str], split: str | int) -> ClassificationSp
             video listed twice; none of the videos is there.
     """
     root, split = _check_root(folder, "HMDB51"), _check_split("HMDB51", split, ("1", "2", "3"))
-    pattern = re.compile(r"(.+)_test_split([123])\.txt")
     found: dict[str, set[str]] = {}
     for below in HMDB51_LISTS:
-        for match in map(pattern.fullmatch, _names(root / below)):
+        for match in map(HMDB51_LIST.fullmatch, _names(root / below)):
             if match is not None:
                 found.setdefault(match[1], set()).add(match[2])
         if found:
@@ -186,7 +187,7 @@ def esc50(folder: str | os.PathLike[str], fold: str | int, *, esc10: bool = Fals
     """
     name = "esc10" if esc10 else "esc50"
     root, fold = _check_root(folder, "ESC-50"), _check_split("ESC-50", fold, ESC_FOLDS)
-    path = _find_annotation(root, ("meta", ""), "esc50.csv") / "esc50.csv"
+    path = _find_annotation(root, ESC_LISTS, "esc50.csv") / "esc50.csv"
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file)
@@ -337,6 +338,31 @@ def read_split(name: str, folder: str | os.PathLike[str], split: str | int) -> C
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}, expected one of {', '.join(DATASETS)}")
     return DATASETS[name].read(os.fspath(folder), str(split))
+
+
+def detect_datasets(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of the datasets (keys of `DATASETS`) whose annotations or folders are in `folder`; () for a folder of
+    other files.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    root = _check_root(folder, "a dataset")
+    marks = {
+        ("ucf101",): [Path(below, "classInd.txt") for below in UCF101_LISTS],
+        ("esc50", "esc10"): [Path(below, "esc50.csv") for below in ESC_LISTS],
+        ("dcase2013",): [Path("scenes_stereo")],
+        ("dcase2014",): [Path("scenes_stereo_testset")],
+    }
+    found = {
+        name
+        for names, paths in marks.items()
+        if any((root / path).exists() for path in paths)
+        for name in names
+    }
+    if any(HMDB51_LIST.fullmatch(name) for below in HMDB51_LISTS for name in _names(root / below)):
+        found.add("hmdb51")
+    return tuple(name for name in DATASETS if name in found)
 
 
 def _no_fold(split: str) -> None:

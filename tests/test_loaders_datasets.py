@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 import shards.sources
-from loaders.datasets import DATASETS, ClassificationSplit, dcase, esc50, hmdb51, read_split, ucf101
+from loaders.datasets import (
+    DATASETS,
+    ClassificationSplit,
+    dcase,
+    detect_datasets,
+    esc50,
+    hmdb51,
+    read_split,
+    ucf101,
+)
 from shards.schema import video_hash
 
 ESC_HEADER = "filename,fold,target,category,esc10,src_file,take\n"
@@ -325,6 +334,23 @@ def test_dcase_says_what_is_wrong(scenes: Path) -> None:
 def test_unknown_dataset_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dataset is 'kinetics', expected one of ucf101, hmdb51, esc50"):
         read_split("kinetics", tmp_path, "1")
+
+
+def test_datasets_are_known_by_their_annotations(
+    ucf: Path,
+) -> None:
+    assert detect_datasets(ucf) == ("ucf101",)
+    (ucf / "ucfTrainTestlist").rename(ucf / "splits")
+    assert detect_datasets(ucf) == ("ucf101",)
+    assert detect_datasets(ucf / "splits") == ("ucf101",), "also right in the folder"
+    assert detect_datasets(ucf / "UCF-101") == ()
+    with pytest.raises(ValueError, match="is not a folder"):
+        detect_datasets(ucf / "nowhere")
+
+
+def test_other_datasets_are_known_by_their_annotations(hmdb: Path, esc: Path, scenes: Path) -> None:
+    # All in one folder, as the fixtures share it.
+    assert detect_datasets(hmdb) == ("hmdb51", "esc50", "esc10", "dcase2013", "dcase2014")
 
 
 def test_keys_stay_unique_when_hashes_collide(ucf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
