@@ -1,6 +1,7 @@
-"""Pretrain CMAC: torchrun --nproc-per-node N train.py PRESET [--field value ...]
+"""Pretrain CMAC: torchrun --nproc-per-node N train.py PRESET[:VARIANT] [--field value ...]
 
-`train.py --help` lists the presets, `train.py PRESET --help` every field with its meaning and default.
+`train.py --help` lists the presets and the ablations of each, `train.py PRESET --help` every field with its meaning and
+default.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from cmac.config import PRESETS, RunConfig
+from cmac.config import PRESETS, VARIANTS, RunConfig, apply_variant
 from cmac.pretrain import run, start
 from loaders import build_loader
 from loaders.base import TooManyBadClips
@@ -28,13 +29,23 @@ from shards.pool import usable_cores
 
 def parse(arguments: list[str]) -> RunConfig:
     """The configuration that a command line asks for. Prints help or what is wrong, and exits, as command lines do."""
-    name = arguments[0] if arguments else None
+    preset = arguments[0] if arguments else None
+    name, colon, variant = preset.partition(":") if preset is not None else (None, "", "")
     if name in PRESETS:
-        description = inspect.getdoc(PRESETS[name])
+        config, description = PRESETS[name](), inspect.getdoc(PRESETS[name])
+        if colon:
+            if variant not in VARIANTS:
+                close = difflib.get_close_matches(variant, VARIANTS, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise SystemExit(
+                    f"train.py: {variant!r} is no variant, expected one of {', '.join(VARIANTS)}{hint}"
+                )
+            config = apply_variant(config, variant)
+            description = f"{VARIANTS[variant].description}. Of this preset:\n\n{description}"
         return tyro.cli(
             RunConfig,
-            default=PRESETS[name](),
-            prog=f"train.py {name}",
+            default=config,
+            prog=f"train.py {preset}",
             description=description,
             args=arguments[1:],
         )
@@ -42,9 +53,13 @@ def parse(arguments: list[str]) -> RunConfig:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise SystemExit(f"train.py: {name!r} is no preset, expected one of {', '.join(PRESETS)}{hint}")
-    print("usage: train.py PRESET [--field value ...]\n\npresets (train.py PRESET --help lists the fields):")
+    print("usage: train.py PRESET[:VARIANT] [--field value ...]")
+    print("\npresets (train.py PRESET --help lists the fields):")
     for preset, build in PRESETS.items():
         print(f"  {preset:24}{inspect.getdoc(build).splitlines()[0]}")
+    print("\nvariants of any preset:")
+    for variant, changes in VARIANTS.items():
+        print(f"  {variant:26}{changes.description}")
     raise SystemExit(0 if name in ("-h", "--help") else "train.py: a preset is missing")
 
 

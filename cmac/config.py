@@ -172,3 +172,106 @@ PRESETS = {
     "demo": demo,
 }
 """Preset name -> function of the shards folder. The function's docstring is the preset's description."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Changes that make one of the paper's (or a peer's) ablations of any preset."""
+
+    description: str
+    """One line: what it is and where the paper has it."""
+    changes: dict[str, bool | int | float | str]
+    """Dotted field of RunConfig -> value."""
+
+    @property
+    def flags(self) -> list[str]:
+        """The same changes as arguments of train.py."""
+        arguments = []
+        for field_name, value in self.changes.items():
+            *parents, name = field_name.replace("_", "-").split(".")
+            if isinstance(value, bool):
+                arguments.append("--" + ".".join([*parents, name if value else f"no-{name}"]))
+            else:
+                arguments += [f"--{'.'.join([*parents, name])}", str(value)]
+        return arguments
+
+
+_TWO_CLIPS = {"loader.clips_per_video": 2}
+_NORM, _SCALES, _WEIGHT = "model.attention.norm", "model.attention.num_scales", "loss.consistency_weight"
+
+VARIANTS = {
+    "single-modality": Variant(
+        description="each modality alone: within-modal positives, two clips per video (Tables 1, 6)",
+        changes={"loss.positives": "within", _WEIGHT: 0.0, **_TWO_CLIPS},
+    ),
+    "without-contrastive": Variant(
+        description="without L_cl (Table 1)",
+        changes={"loss.contrastive": False},
+    ),
+    "without-consistency": Variant(
+        description="without L_ac, lambda 0 (Table 1, Fig. 4)",
+        changes={_WEIGHT: 0.0},
+    ),
+    "norm-none": Variant(
+        description="Eq. (4) without norm, one scale (Table 2)",
+        changes={_NORM: "none", _SCALES: 1},
+    ),
+    "norm-softmax": Variant(
+        description="Eq. (4) with softmax, one scale (Table 2)",
+        changes={_NORM: "softmax", _SCALES: 1},
+    ),
+    "scales-1": Variant(description="cosine norm, one scale (Table 2)", changes={_SCALES: 1}),
+    "scales-3": Variant(description="cosine norm, three scales (Table 2)", changes={_SCALES: 3}),
+    "without-within-negatives": Variant(
+        description="negatives of the other modality only (Table 3)",
+        changes={"loss.within_negatives": False},
+    ),
+    "within-positives": Variant(
+        description="within-modal positives in place of within-modal negatives (Table 3)",
+        changes={"loss.within_negatives": False, "loss.positives": "both", **_TWO_CLIPS},
+    ),
+    "within-both": Variant(
+        description="within-modal positives and negatives, as AVID has them (Table 3)",
+        changes={"loss.positives": "both", **_TWO_CLIPS},
+    ),
+    "lambda-0.5": Variant(description="lambda 0.5 (Fig. 4)", changes={_WEIGHT: 0.5}),
+    "lambda-1": Variant(description="lambda 1 (Fig. 4)", changes={_WEIGHT: 1.0}),
+    "lambda-2": Variant(description="lambda 2 (Fig. 4)", changes={_WEIGHT: 2.0}),
+    "lambda-3": Variant(description="lambda 3 (Fig. 4)", changes={_WEIGHT: 3.0}),
+    "baseline": Variant(
+        description="plain cross-modal contrast of Eq. (2) (Table 6)",
+        changes={"loss.within_negatives": False, _WEIGHT: 0.0},
+    ),
+    "batch-negatives": Variant(
+        description="negatives from the batch in place of the queues, as GDT has them",
+        changes={"loss.negatives": "batch"},
+    ),
+    "attached-target": Variant(
+        description="guided maps of Eq. (6) are trained as well, not held fixed",
+        changes={"model.attention.detach_target": False},
+    ),
+    "separate-heads": Variant(
+        description="a projection head for each modality, as GDT and AVID have them",
+        changes={"model.head": "separate"},
+    ),
+}
+"""Variant name -> what it changes. `train.py PRESET:VARIANT` trains it; the preset alone is the full model."""
+
+
+def apply_variant(config: RunConfig, name: str) -> RunConfig:
+    """The run with a variant's changes, in a run folder of its own (`RUN_DIR-NAME`).
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"{name!r} is no variant, expected one of {', '.join(VARIANTS)}")
+    data = config_to_dict(config)
+    data["run_dir"] += f"-{name}"
+    for field_name, value in VARIANTS[name].changes.items():
+        *parents, last = field_name.split(".")
+        part = data
+        for parent in parents:
+            part = part[parent]
+        part[last] = value
+    return config_from_dict(data)
