@@ -50,7 +50,7 @@ def paired_difference_interval(
     Much narrower than what two separate intervals suggest: both methods find the same items easy. An interval that
     holds 0 means that these items do not tell the methods apart.
 
-    Choice: as in `bootstrap_interval` whole groups are resampled. Where the difference is the same for all items
+    Choice: as in `bootstrap_interval` whole groups are resampled. Where the difference is the same in all groups
     (two methods that agree everywhere) resampling would give an interval of no width; then as many groups as the
     exact binomial interval allows to have gone unseen are taken to differ as far as they can: two methods that agree
     on 40 videos may still differ by 8.8 % either way.
@@ -74,8 +74,8 @@ def paired_difference_interval(
         raise ValueError("a score is NaN or outside 0..1, expected hits (0 or 1) or fractions")
     difference = scores[0] - scores[1]  # (N,)
     sums, counts = _per_group(difference, groups)
-    first = float(difference[0])
-    if (difference == first).all():
+    first = float(sums[0] / counts[0])
+    if (sums / counts == first).all():
         room = _room(len(sums), level)
         return first - room * (1 + first), first + room * (1 - first)
     return _resampled_means(sums, counts, seed, level)
