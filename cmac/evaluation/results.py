@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+MEAN_OF_THREE_SPLITS = "1-3 mean"
+"""`split` of a mean over the three official splits of UCF101 or HMDB51."""
 
 _log = logging.getLogger(__name__)
 
