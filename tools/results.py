@@ -22,6 +22,8 @@ from shards.manifest import write_atomically
 DEFAULT_FILE = Path("runs/results.jsonl")
 TABLE_ORDER = ("4", "5", "6", "1", "2", "3", "fig4")
 NOTHING = "-"
+LAMBDA = "lambda-"
+"""Begins the names of `cmac.config.VARIANTS` that differ in the weight of the consistency loss."""
 
 COMMANDS = {
     ("action-recognition", "ucf101"): "python -m tools.finetune CHECKPOINT --data UCF101 --split all",
@@ -64,18 +66,21 @@ def ablation_command(table: PaperTable) -> str:
     return f"python -m tools.reproduce --table {table.name}"
 
 
-def ablation_place(result: Result) -> tuple[str, str] | None:
-    """(table, row) of the paper that a result of task `ablation` belongs to; None where it says none.
+def ablation_settings(result: Result, table: PaperTable) -> tuple[str, tuple[str, ...]] | None:
+    """(method, settings) of the row of an ablation table that a result is another measurement of; None for no row.
 
-    `config["paper"]` holds them: {"table": "1", "row": "no-consistency"}.
+    What was trained is `config["variant"]`: a name of `cmac.config.VARIANTS`, `full` or `scratch`. Any weight of the
+    consistency loss belongs to Fig. 4, of which the paper tells two.
     """
-    place = result.config.get("paper")
-    if result.task != "ablation" or not isinstance(place, dict):
+    variant = result.config.get("variant")
+    if result.task != "ablation" or not isinstance(variant, str):
         return None
-    name, key = place.get("table"), place.get("row")
-    if name not in TABLES or key not in [row.key for row in TABLES[name].rows]:
-        return None
-    return name, key
+    for row in table.rows:
+        if row.variant == variant:
+            return row.method, row.settings
+    if table.name == "fig4" and variant.startswith(LAMBDA):
+        return table.rows[0].method, (variant.removeprefix(LAMBDA),)
+    return None
 
 
 def belongs_to(result: Result, table: PaperTable) -> bool:
@@ -83,8 +88,7 @@ def belongs_to(result: Result, table: PaperTable) -> bool:
     if result.task != table.task:
         return False
     if table.task == "ablation":
-        place = ablation_place(result)
-        return place is not None and place[0] == table.name
+        return ablation_settings(result, table) is not None
     datasets = {column.dataset for column in table.columns}
     return result.dataset in datasets and result.split == table.split_of(result.dataset)
 
@@ -142,10 +146,9 @@ def _paper_section(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
     for group in _rows_of_ours(table, entries):
         settings = ("",) * len(table.settings)
         name = " ".join(f"#{entry.number}" for entry in group) + " " + _code(group[0].result.checkpoint)
-        place = ablation_place(group[0].result)
-        if place is not None:
-            row = table.row(place[1])
-            settings, name = row.settings, f"{name} {row.method}"
+        ablation = ablation_settings(group[0].result, table)
+        if ablation is not None:
+            settings, name = ablation[1], f"{name} {ablation[0]}"
         found = {
             (entry.result.dataset, metric): value
             for entry in group
@@ -190,7 +193,14 @@ def _rows_of_ours(table: PaperTable, entries: Sequence[Entry]) -> list[list[Entr
     dataset's name share one.
     """
     if table.task == "ablation":
-        return [[entry] for entry in entries]
+        # In the order of the paper's rows; what it has no row for comes last.
+        order = {row.variant: place for place, row in enumerate(table.rows)}
+        return [
+            [entry]
+            for entry in sorted(
+                entries, key=lambda entry: order.get(entry.result.config["variant"], len(order))
+            )
+        ]
     by_weights: dict[str, list[Entry]] = {}
     for entry in entries:
         weights = entry.result.checkpoint_digest or f"no digest: {entry.result.checkpoint}"
@@ -216,11 +226,9 @@ def _rows_of_ours(table: PaperTable, entries: Sequence[Entry]) -> list[list[Entr
 def _missing(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
     """For each dataset (or variant) without a result of ours, the command that makes one."""
     if table.task == "ablation":
-        have = {ablation_place(entry.result)[1] for entry in entries}
-        lacking = [row for row in table.rows if row.key not in have]
-        if not lacking:
-            return []
-        return [f"{', '.join(row.key for row in lacking)}: `{ablation_command(table)}`"]
+        have = {entry.result.config["variant"] for entry in entries}
+        lacking = [row.variant for row in table.rows if row.variant not in have]
+        return [f"{', '.join(lacking)}: `{ablation_command(table)}`"] if lacking else []
     have = {entry.result.dataset for entry in entries}
     return [
         f"{dataset}, {_split(table.split_of(dataset))}: `{COMMANDS[table.task, dataset]}`"
@@ -242,7 +250,7 @@ def _details(entries: Sequence[Entry]) -> str:
         "Per fold",
         "Chance",
         "Videos",
-        "Skipped",
+        "Skipped and other counts",
         "Weights",
         "Digest",
         "Commit",
@@ -264,7 +272,7 @@ def _details(entries: Sequence[Entry]) -> str:
                     NOTHING if metric.per_fold is None else ", ".join(_percent(v) for v in metric.per_fold),
                     NOTHING if metric.chance is None else _percent(metric.chance),
                     _videos(result),
-                    _skipped(result),
+                    _counts(result),
                     _code(result.checkpoint),
                     result.checkpoint_digest or NOTHING,
                     result.commit,
@@ -283,14 +291,14 @@ def _videos(result: Result) -> str:
     return str(number) if complete is None or number >= complete else f"{number} of {complete}"
 
 
-def _skipped(result: Result) -> str:
-    """Everything that was left out, by reason."""
-    skipped = {
-        name.removeprefix("skipped").strip() or "videos": count
-        for name, count in result.counts.items()
-        if name.startswith("skipped") and count
-    }
-    return ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+def _counts(result: Result) -> str:
+    """Everything that was counted besides the videos; what was left out comes first. Zeros are not shown."""
+    counts = {name: count for name, count in result.counts.items() if count and name != "num_videos"}
+    order = sorted(counts, key=lambda name: not name.startswith("skipped"))
+    shown = [f"{name.removeprefix('num_').replace('_', ' ')}: {counts[name]}" for name in order]
+    if not any(name.startswith("skipped") for name in counts):
+        shown.insert(0, "nothing skipped")
+    return ", ".join(shown)
 
 
 def _shared_chance(entries: Sequence[Entry], column: tuple[str, str]) -> float | None:

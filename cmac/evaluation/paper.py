@@ -32,6 +32,9 @@ class PaperRow:
     """Number in the paper's list of references."""
     ours: bool = False
     """Whether it is a variant of the paper's own method."""
+    variant: str | None = None
+    """What trains it here: a name of `cmac.config.VARIANTS`, `full` for a preset without one, `scratch` for no
+    pretraining at all. One variant may be a row of several tables."""
     settings: tuple[str, ...] = ()
     """As printed, one per name in `PaperTable.settings`."""
     percents: tuple[float | None, ...]
@@ -140,11 +143,19 @@ TABLE_1 = PaperTable(
     settings=("Att. Cons.", "Contr. Loss"),
     columns=_TOP1,
     rows=(
-        PaperRow(key="scratch", method="Scratch", ours=True, settings=("✗", "✗"), percents=(73.2, 23.7)),
+        PaperRow(
+            key="scratch",
+            method="Scratch",
+            ours=True,
+            variant="scratch",
+            settings=("✗", "✗"),
+            percents=(73.2, 23.7),
+        ),
         PaperRow(
             key="single-modality",
             method="Single Modality",
             ours=True,
+            variant="single-modality",
             settings=("✗", "✓"),
             percents=(82.5, 47.3),
             note="The paper does not say how it was trained; two views of one modality are needed for it.",
@@ -153,6 +164,7 @@ TABLE_1 = PaperTable(
             key="no-contrastive",
             method="CMAC w/o L_cl",
             ours=True,
+            variant="no-contrastive",
             settings=("✓", "✗"),
             percents=(76.4, 25.1),
         ),
@@ -160,10 +172,13 @@ TABLE_1 = PaperTable(
             key="no-consistency",
             method="CMAC w/o L_ac",
             ours=True,
+            variant="no-consistency",
             settings=("✗", "✓"),
             percents=(85.5, 56.4),
         ),
-        PaperRow(key="full", method="CMAC", ours=True, settings=("✓", "✓"), percents=(87.2, 57.8)),
+        PaperRow(
+            key="full", method="CMAC", ours=True, variant="full", settings=("✓", "✓"), percents=(87.2, 57.8)
+        ),
     ),
     protocol=_ABLATION,
     known_errors=(_HMDB_OF_THE_FULL_MODEL,),
@@ -178,11 +193,46 @@ TABLE_2 = PaperTable(
     settings=("norm.", "Scale"),
     columns=_TOP1,
     rows=(
-        PaperRow(key="none-1", method="PCF", ours=True, settings=("None", "1"), percents=(85.8, 57.0)),
-        PaperRow(key="softmax-1", method="PCF", ours=True, settings=("softmax", "1"), percents=(86.6, 57.4)),
-        PaperRow(key="cosine-1", method="PCF", ours=True, settings=("cosine", "1"), percents=(87.0, 57.6)),
-        PaperRow(key="cosine-2", method="PCF", ours=True, settings=("cosine", "2"), percents=(87.2, 57.9)),
-        PaperRow(key="cosine-3", method="PCF", ours=True, settings=("cosine", "3"), percents=(86.9, 57.8)),
+        PaperRow(
+            key="none-1",
+            method="PCF",
+            ours=True,
+            variant="norm-none",
+            settings=("None", "1"),
+            percents=(85.8, 57.0),
+        ),
+        PaperRow(
+            key="softmax-1",
+            method="PCF",
+            ours=True,
+            variant="norm-softmax",
+            settings=("softmax", "1"),
+            percents=(86.6, 57.4),
+        ),
+        PaperRow(
+            key="cosine-1",
+            method="PCF",
+            ours=True,
+            variant="scales-1",
+            settings=("cosine", "1"),
+            percents=(87.0, 57.6),
+        ),
+        PaperRow(
+            key="cosine-2",
+            method="PCF",
+            ours=True,
+            variant="full",
+            settings=("cosine", "2"),
+            percents=(87.2, 57.9),
+        ),
+        PaperRow(
+            key="cosine-3",
+            method="PCF",
+            ours=True,
+            variant="scales-3",
+            settings=("cosine", "3"),
+            percents=(86.9, 57.8),
+        ),
     ),
     protocol=_ABLATION,
     known_errors=(_HMDB_OF_THE_FULL_MODEL,),
@@ -198,16 +248,36 @@ TABLE_3 = PaperTable(
     columns=_TOP1,
     rows=(
         PaperRow(
-            key="neither", method="CMAC", ours=True, settings=("✗", "✗", "3,509"), percents=(86.5, 57.0)
+            key="neither",
+            method="CMAC",
+            ours=True,
+            variant="no-within-negatives",
+            settings=("✗", "✗", "3,509"),
+            percents=(86.5, 57.0),
         ),
         PaperRow(
-            key="negatives", method="CMAC", ours=True, settings=("✓", "✗", "3,509"), percents=(87.2, 57.8)
+            key="negatives",
+            method="CMAC",
+            ours=True,
+            variant="full",
+            settings=("✓", "✗", "3,509"),
+            percents=(87.2, 57.8),
         ),
         PaperRow(
-            key="positives", method="CMAC", ours=True, settings=("✗", "✓", "7,018"), percents=(86.2, 56.4)
+            key="positives",
+            method="CMAC",
+            ours=True,
+            variant="within-positives",
+            settings=("✗", "✓", "7,018"),
+            percents=(86.2, 56.4),
         ),
         PaperRow(
-            key="both", method="CMAC", ours=True, settings=("✓", "✓", "7,018"), percents=(86.7, 57.5)
+            key="both",
+            method="CMAC",
+            ours=True,
+            variant="within-both",
+            settings=("✓", "✓", "7,018"),
+            percents=(86.7, 57.5),
         ),
     ),
     protocol=_ABLATION + " Iter.: steps per epoch.",
@@ -223,8 +293,17 @@ FIGURE_4 = PaperTable(
     settings=("λ",),
     columns=_TOP1,
     rows=(
-        PaperRow(key="0", method="CMAC", ours=True, settings=("0",), percents=(85.5, None)),
-        PaperRow(key="1.5", method="CMAC", ours=True, settings=("1.5",), percents=(87.2, None)),
+        PaperRow(
+            key="0",
+            method="CMAC",
+            ours=True,
+            variant="no-consistency",
+            settings=("0",),
+            percents=(85.5, None),
+        ),
+        PaperRow(
+            key="1.5", method="CMAC", ours=True, variant="full", settings=("1.5",), percents=(87.2, None)
+        ),
     ),
     protocol=_ABLATION + " The two points that the text names; the others are only drawn, and so is HMDB51.",
 )
@@ -307,6 +386,7 @@ TABLE_4 = PaperTable(
             key="cmac",
             method="CMAC",
             ours=True,
+            variant="full",
             settings=("R(2+1)D-18", "Kinetics-400", "32×128²", "128", "200"),
             percents=(90.3, 61.1),
         ),
@@ -340,7 +420,13 @@ TABLE_5 = PaperTable(
         PaperRow(key="vcp", method="VCP", citation=28, percents=(18.6, 33.6, 42.5, 7.6, 24.4, 36.3)),
         PaperRow(key="vsp", method="VSP", citation=8, percents=(24.6, 41.9, 51.3, 10.3, 26.6, 38.8)),
         PaperRow(key="gdt", method="GDT", citation=38, percents=(57.4, 73.4, 80.8, 25.4, 51.4, 63.9)),
-        PaperRow(key="cmac", method="CMAC", ours=True, percents=(58.4, 74.2, 81.3, 26.0, 52.2, 64.2)),
+        PaperRow(
+            key="cmac",
+            method="CMAC",
+            ours=True,
+            variant="full",
+            percents=(58.4, 74.2, 81.3, 26.0, 52.2, 64.2),
+        ),
     ),
     protocol="Frozen encoder, split 1, test videos query the training videos; 10 uniform clips per video, mean of the "
     "pooled features of the last residual block, cosine; a video of the same class among the k nearest (section 4.2).",
@@ -360,12 +446,19 @@ TABLE_6 = PaperTable(
     ),
     rows=(
         PaperRow(key="soundnet", method="SoundNet", citation=4, percents=(74.2, None, None)),
-        PaperRow(key="scratch", method="Scratch", ours=True, percents=(None, 48.0, None)),
-        PaperRow(key="single-modality", method="Single-Modal", ours=True, percents=(None, 61.0, None)),
+        PaperRow(key="scratch", method="Scratch", ours=True, variant="scratch", percents=(None, 48.0, None)),
+        PaperRow(
+            key="single-modality",
+            method="Single-Modal",
+            ours=True,
+            variant="single-modality",
+            percents=(None, 61.0, None),
+        ),
         PaperRow(
             key="baseline",
             method="Baseline",
             ours=True,
+            variant="baseline",
             percents=(None, 68.0, 89.0),
             note="The cross-modal contrastive loss of Eq. (2).",
         ),
@@ -392,7 +485,7 @@ TABLE_6 = PaperTable(
             percents=(78.6, 73.0, 94.0),
             note="D2013 and D2014 were measured by the paper's authors with GDT's model.",
         ),
-        PaperRow(key="cmac", method="CMAC", ours=True, percents=(81.4, 76.0, 96.0)),
+        PaperRow(key="cmac", method="CMAC", ours=True, variant="full", percents=(81.4, 76.0, 96.0)),
     ),
     protocol="Linear classifier on the frozen audio encoder; ESC50: 10 clips of 2 s, D2013 and D2014: 60 clips of 1 s "
     "per file, mean of the scores (section 4.2). Printed as two tables side by side.",
