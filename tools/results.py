@@ -10,6 +10,7 @@ same evaluation the newest is shown.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ def _paper_section(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
         ablation = ablation_settings(group[0].result, table)
         if ablation is not None:
             settings, name = ablation[1], f"{name} {ablation[0]}"
+        if any(_is_part(entry.result) for entry in group):
+            name += ", a part of the test videos"
         found = {
             (entry.result.dataset, metric): value
             for entry in group
@@ -198,7 +201,11 @@ def _rows_of_ours(table: PaperTable, entries: Sequence[Entry]) -> list[list[Entr
         return [
             [entry]
             for entry in sorted(
-                entries, key=lambda entry: order.get(entry.result.config["variant"], len(order))
+                entries,
+                key=lambda entry: (
+                    order.get(entry.result.config["variant"], len(order)),
+                    entry.result.config["variant"],
+                ),
             )
         ]
     by_weights: dict[str, list[Entry]] = {}
@@ -287,8 +294,13 @@ def _videos(result: Result) -> str:
     if "num_videos" not in result.counts:
         return NOTHING
     number = result.counts["num_videos"]
-    complete = TEST_VIDEOS.get((result.dataset, result.split))
-    return str(number) if complete is None or number >= complete else f"{number} of {complete}"
+    return f"{number} of {TEST_VIDEOS[result.dataset, result.split]}" if _is_part(result) else str(number)
+
+
+def _is_part(result: Result) -> bool:
+    """Whether fewer videos were evaluated than the complete dataset has."""
+    complete = TEST_VIDEOS.get((result.dataset, result.split), 0)
+    return result.counts.get("num_videos", complete) < complete
 
 
 def _counts(result: Result) -> str:
@@ -337,9 +349,10 @@ def _count(number: int, what: str) -> str:
 
 
 def _code(text: str) -> str:
-    """As code, so that nothing in a name is taken for Markdown."""
-    ticks = "`" * (1 + max((len(run) for run in text.split("`")), default=0) if "`" in text else 1)
-    return f"{ticks}{text}{ticks}"
+    """As code, so that nothing in a name is taken for Markdown: fenced by more backticks than it has in a row."""
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def _markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
