@@ -164,12 +164,13 @@ def _paper_section(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
         cells = [NOTHING if chance is None else _percent(chance) for chance in chances]
         lines.append(["chance", *("" for _ in table.settings), *cells])
     for row in table.rows:
-        values = [table.value(row.key, *column) for column in known]
-        cells = [NOTHING if value.percent is None else f"{value.percent:.1f}" for value in values]
-        cells = [
-            cell if value.percent == value.likely_percent else f"{cell} (likely {value.likely_percent:.1f})"
-            for cell, value in zip(cells, values)
-        ]
+        cells = []
+        for column in table.columns:
+            value = table.value(row.key, column.dataset, column.metric)
+            cell = NOTHING if value.percent is None else f"{value.percent:.{column.decimals}f}"
+            if value.likely_percent != value.percent:
+                cell += f" (likely {value.likely_percent:.{column.decimals}f})"
+            cells.append(cell)
         method = row.method + ("" if row.citation is None else f" [{row.citation}]")
         lines.append([f"{method} (paper)", *row.settings, *cells, *(NOTHING for _ in columns[len(known) :])])
     where = "Fig. 4" if table.name == "fig4" else f"Table {table.name}"

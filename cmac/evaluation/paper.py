@@ -18,6 +18,8 @@ class PaperColumn:
     """As in `Result.metrics`."""
     heading: str
     """For a table's head."""
+    decimals: int = 1
+    """With which its percentages are printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,8 +443,8 @@ TABLE_6 = PaperTable(
     column_splits={"dcase2014": "test"},
     columns=(
         PaperColumn(dataset="esc50", metric="top1", heading="ESC50"),
-        PaperColumn(dataset="dcase2013", metric="top1", heading="D2013"),
-        PaperColumn(dataset="dcase2014", metric="top1", heading="D2014"),
+        PaperColumn(dataset="dcase2013", metric="top1", heading="D2013", decimals=0),
+        PaperColumn(dataset="dcase2014", metric="top1", heading="D2014", decimals=0),
     ),
     rows=(
         PaperRow(key="soundnet", method="SoundNet", citation=4, percents=(74.2, None, None)),
