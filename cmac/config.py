@@ -204,11 +204,11 @@ VARIANTS = {
         description="each modality alone: within-modal positives, two clips per video (Tables 1, 6)",
         changes={"loss.positives": "within", _WEIGHT: 0.0, **_TWO_CLIPS},
     ),
-    "without-contrastive": Variant(
+    "no-contrastive": Variant(
         description="without L_cl (Table 1)",
         changes={"loss.contrastive": False},
     ),
-    "without-consistency": Variant(
+    "no-consistency": Variant(
         description="without L_ac, lambda 0 (Table 1, Fig. 4)",
         changes={_WEIGHT: 0.0},
     ),
@@ -222,7 +222,7 @@ VARIANTS = {
     ),
     "scales-1": Variant(description="cosine norm, one scale (Table 2)", changes={_SCALES: 1}),
     "scales-3": Variant(description="cosine norm, three scales (Table 2)", changes={_SCALES: 3}),
-    "without-within-negatives": Variant(
+    "no-within-negatives": Variant(
         description="negatives of the other modality only (Table 3)",
         changes={"loss.within_negatives": False},
     ),
