@@ -1,6 +1,7 @@
 """The file of results keeps what it was given, and the paper's numbers agree with themselves where they should."""
 
 import dataclasses
+import errno
 import json
 import logging
 import multiprocessing
@@ -152,6 +153,23 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
         assert worker.exitcode == 0
     protocols = [result.protocol for result in read_results(path)]
     assert sorted(protocols) == sorted(f"{name} {number}" for name in "abc" for number in range(40))
+
+
+def test_file_system_without_locks_still_takes_the_result(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with caplog.at_level(logging.WARNING):
+        append_result(tmp_path / "r", a_result())
+    assert "cannot be locked (No locks available)" in caplog.text
+    assert read_results(tmp_path / "r") == [a_result()]
+
+
+def test_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.write", lambda descriptor, data: len(data) - 1)
+    with pytest.raises(OSError, match="r: .* bytes were written; is the disk full"):
+        append_result(tmp_path / "r", a_result())
 
 
 # --- torn and wrong files ---

@@ -154,7 +154,7 @@ def append_result(path: str | os.PathLike, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # nobody else's half-written line is taken for a torn one
+        _lock(descriptor, path)
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = b"\n" + line
@@ -218,6 +218,16 @@ def latest(results: Sequence[Result]) -> list[Result]:
         if key not in newest or parse_time(result.time) >= parse_time(results[newest[key]].time):
             newest[key] = index
     return [results[index] for index in sorted(newest.values())]
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Keep others from appending until the file is closed: nobody's half-written line is taken for a torn one."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:  # file systems without locks; the result of hours is written all the same
+        _log.warning(
+            "%s cannot be locked (%s); let one evaluation at a time write to it", path, error.strerror
+        )
 
 
 def _check_metric(metric: Metric, where: str) -> None:
