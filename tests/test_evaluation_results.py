@@ -172,6 +172,16 @@ def test_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
         append_result(tmp_path / "r", a_result())
 
 
+def test_example_in_the_documentation_is_a_result(tmp_path):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "EVALUATION.md").read_text(encoding="utf-8")
+    example = page.split("```json\n")[1].split("```")[0]
+    (tmp_path / "r").write_text(" ".join(example.split()))
+    (result,) = read_results(tmp_path / "r")
+    assert result.metrics["R@1"].chance == 0.011
+    for item in dataclasses.fields(Result):
+        assert f"`{item.name}`" in page, item.name
+
+
 # --- torn and wrong files ---
 
 
