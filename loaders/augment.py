@@ -6,8 +6,9 @@ or off, or changing its parameters, leaves the others as they were.
 """
 
 import hashlib
+import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -183,6 +184,61 @@ def draw_augmentation(
             _Draw(seed, epoch, key, "time-mask"), audio.num_time_masks, audio.time_mask_steps, num_steps
         )
     return ClipAugmentation(scaled_height=height, scaled_width=width, crop_size=video.crop_size, **fields)
+
+
+def draw_resized_crop(
+    augmentation: ClipAugmentation,
+    area: tuple[float, float],
+    seed: int,
+    epoch: int,
+    key: str,
+    height: int,
+    width: int,
+) -> ClipAugmentation:
+    """augmentation with a random resized crop in place of its crop: a window of random area and aspect, stretched
+    to the square (GDT's fine-tuning; torchvision's RandomResizedCrop).
+
+    Scaling the window to the square and scaling the frame so that the window becomes the square are the same
+    thing, so the result is a crop of a scaled frame as any other, only without the frame's aspect.
+
+    Args:
+        augmentation: drawn for the same clip; what else is done to it stays.
+        area: least and largest share of the frame; the aspect is log-uniform in 3/4 .. 4/3.
+        seed: LoaderConfig.seed.
+        epoch: epoch number.
+        key: the clip's key.
+        height: of the frame, pixels.
+        width: of the frame, pixels.
+    """
+    draw = _Draw(seed, epoch, key, "resized-crop")
+    size = augmentation.crop_size
+    # As torchvision: a window that does not fit is drawn again, ten times; then the largest one that does.
+    for _ in range(10):
+        target = draw.uniform(*area) * width * height
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = draw.integer(0, width - across), draw.integer(0, height - down)
+            break
+    else:
+        across, down = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - across) // 2, (height - down) // 2
+    scaled_width, scaled_height = (
+        max(size, round(width * size / across)),
+        max(size, round(height * size / down)),
+    )
+    return replace(
+        augmentation,
+        scaled_width=scaled_width,
+        scaled_height=scaled_height,
+        crop_left=min(round(left * size / across), scaled_width - size),
+        crop_top=min(round(top * size / down), scaled_height - size),
+    )
+
+
+def happens(probability: float, *parts: object) -> bool:
+    """A draw from the parts (seed, epoch, key, name): true with this probability."""
+    return _Draw(*parts).uniform() < probability
 
 
 def _draw_masks(draw: _Draw, count: int, widest: int, length: int) -> tuple[tuple[int, int], ...]:

@@ -35,9 +35,9 @@ class ClipBatch:
 
     frames: Tensor
     """uint8 (N, 3, T, H, W), RGB; a view of contiguous (N, T, H, W, 3): torch's channels_last_3d. Normalized
-    floats where `build_loader` was asked for them."""
+    floats where `build_loader` was asked for them. T is 0 where only sound was asked for (`loaders.listed`)."""
     log_mel: Tensor
-    """float32 (N, 1, F, S): normalized and augmented."""
+    """float32 (N, 1, F, S): normalized and augmented. S is 0 where only pictures were asked for."""
     keys: tuple[str, ...]
     """N keys; empty for padding."""
     video_ids: Tensor

@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from shards.manifest import write_atomically
 from shards.pool import Lost, run_jobs, usable_cores, without_main_module
 from shards.schema import CLIP_SECONDS, FPS
 from shards.slicing import HALF_FRAME_SECONDS, TIME_SLACK_SECONDS, Unusable, probe_video
-from shards.sources import SourceVideo, videos_of_folder, videos_of_kinetics, videos_of_list
+from shards.sources import Needs, SourceVideo, videos_of_folder, videos_of_kinetics, videos_of_list
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_SECONDS = 120.0
 """Reading one video for the index may take so long; then it is left out (`timeout`)."""
 SAVE_SECONDS = 60.0
@@ -52,11 +52,11 @@ class IndexedVideo:
     num_bytes: int
     """Size of the file."""
     start_seconds: float
-    """From here on both streams are there."""
+    """From here on all streams that are used are there."""
     duration_seconds: float
-    """How long both are, from `start_seconds` on; at least 1."""
+    """How long they are, from `start_seconds` on."""
     width: int
-    """Pixels of the picture in display orientation."""
+    """Pixels of the picture in display orientation; this and the like are 0 where no picture is used."""
     height: int
     pixel_aspect: float
     """Width / height of a pixel, in display orientation."""
@@ -66,9 +66,12 @@ class IndexedVideo:
     """Whether the stored picture is mirrored left to right before it is turned."""
     fps: float
     """Average frame rate; 0 if the file does not tell."""
-    video_stream: int
-    """Number of the stream in the file."""
-    audio_stream: int
+    num_frames: int
+    """Pictures that are shown from `start_seconds` on."""
+    video_stream: int | None
+    """Number of the stream in the file; None: no picture is used."""
+    audio_stream: int | None
+    """None: no sound is used."""
     video_end_seconds: float
     """When the last picture ends."""
     audio_start_seconds: float
@@ -76,7 +79,7 @@ class IndexedVideo:
     longest_frame_seconds: float | None
     """Longest time from one picture to the next; None if not all packets tell their time."""
     keyframe_seconds: tuple[float, ...]
-    """When the key frames are shown, ascending; not empty."""
+    """When the key frames are shown, ascending; not empty if the picture is used."""
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -94,7 +97,7 @@ class VideoIndex:
     """Sorted by id. A video's position is its place here."""
     skipped: tuple[tuple[str, str], ...]
     """(video_id, reason) of the others: `missing`, `unreadable`, `undecodable`, `no-video`, `no-audio`,
-    `too-short`, `timeout`, `crash`."""
+    `no-samples`, `too-short`, `timeout`, `crash`."""
 
     @property
     def digest(self) -> str:
@@ -153,15 +156,52 @@ def index_videos(
         sources, _ = videos_of_list(folder, list_file)
     else:
         sources = videos_of_folder(folder)
-    cache_path = Path(cache) if cache is not None else default_cache(folder)
-    known = _Cache(cache_path, folder)
+    return index_files(
+        folder,
+        sources,
+        min_seconds=lambda video: CLIP_SECONDS,
+        cache=cache,
+        workers=workers,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def index_files(
+    folder: str | os.PathLike,
+    sources: Sequence[SourceVideo],
+    *,
+    needs: Needs = "both",
+    min_seconds: Callable[[IndexedVideo], float],
+    cache: str | os.PathLike | None = None,
+    workers: int | None = None,
+    timeout_seconds: float = INDEX_SECONDS,
+    allow_none: bool = False,
+) -> VideoIndex:
+    """Index of the files named; see `index_videos`.
+
+    Args:
+        folder: that the files lie in.
+        sources: the files, `path` below `folder`.
+        needs: which streams are used; a file without them is left out, and others are not looked at.
+        min_seconds: how long a file has to be; shorter ones are left out (`too-short`).
+        cache: as for `index_videos`.
+        workers: as for `index_videos`.
+        timeout_seconds: as for `index_videos`.
+        allow_none: an index without videos is returned where no file gives clips.
+
+    Raises:
+        ValueError: no file gives clips.
+    """
+    folder = os.fspath(folder)
+    cache_path = Path(cache) if cache is not None else default_cache(folder, needs)
+    known = _Cache(cache_path, folder, needs)
     stamps = {source.video_id: _stamp(source) for source in sources}
     todo = [source for source in sources if known.get(source.video_id, stamps[source.video_id]) is None]
     results: dict[str, dict[str, Any]] = {}
     if todo:
-        log.info("indexing %d of %d videos of %s", len(todo), len(sources), folder)
+        log.info("indexing %d of %d files of %s", len(todo), len(sources), folder)
         workers = min(usable_cores() if workers is None else workers, len(todo))
-        for source, result in _scan_all(todo, workers, timeout_seconds):
+        for source, result in _scan_all(todo, needs, workers, timeout_seconds):
             stamp = stamps[source.video_id]
             results[source.video_id] = result
             # What may be another thing next time is not kept.
@@ -179,13 +219,18 @@ def index_videos(
         assert result is not None
         if "reason" in result:
             skipped.append((source.video_id, result["reason"]))
+            continue
+        video = _indexed(source, result)
+        if video.duration_seconds < min_seconds(video):
+            skipped.append((source.video_id, "too-short"))
         else:
-            videos.append(_indexed(source, result))
-    if not videos:
+            videos.append(video)
+    if not videos and not allow_none:
         reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(r for _, r in skipped).items())
+        streams = {"both": "picture and sound", "video": "picture", "audio": "sound"}[needs]
         raise ValueError(
             f"none of the {len(skipped)} videos of {folder} gives a clip ({reasons}), expected at least one with "
-            f"a second of picture and sound"
+            f"{streams}, as long as a clip"
         )
     if skipped:
         counts = Counter(reason for _, reason in skipped).most_common()
@@ -196,24 +241,30 @@ def index_videos(
     return VideoIndex(folder=folder, videos=tuple(videos), skipped=tuple(skipped))
 
 
-def default_cache(folder: str | os.PathLike) -> Path:
-    """`$XDG_CACHE_HOME/cmac/videos-<hash of the folder's path>.json`; ~/.cache where the variable is not set."""
+def default_cache(folder: str | os.PathLike, needs: Needs = "both") -> Path:
+    """`$XDG_CACHE_HOME/cmac/videos-<hash of the folder's path>.json`; ~/.cache where the variable is not set.
+
+    With other needs than both streams their name is in place of `videos`.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     name = hashlib.blake2b(os.fsencode(os.path.realpath(folder)), digest_size=8).hexdigest()
-    return Path(base) / "cmac" / f"videos-{name}.json"
+    kind = "videos" if needs == "both" else needs
+    return Path(base) / "cmac" / f"{kind}-{name}.json"
 
 
 class _Cache:
     """What is known of the files of a folder, by id: (size, time of change) and what was found."""
 
-    def __init__(self, path: Path, folder: str) -> None:
+    def __init__(self, path: Path, folder: str, needs: Needs) -> None:
         self._path = path
+        self._needs = needs
         self._folder = os.path.realpath(folder)
         self._files: dict[str, dict[str, Any]] = {}
         self._saved = time.monotonic()
         try:
             record = json.loads(path.read_bytes())
-            if record["version"] == INDEX_VERSION and record["folder"] == self._folder:
+            made_for = record["version"], record["folder"], record["needs"]
+            if made_for == (INDEX_VERSION, self._folder, needs):
                 self._files = dict(record["files"])
         except FileNotFoundError:
             pass
@@ -235,7 +286,12 @@ class _Cache:
             self.save()
 
     def save(self) -> None:
-        record = {"version": INDEX_VERSION, "folder": self._folder, "files": self._files}
+        record = {
+            "version": INDEX_VERSION,
+            "folder": self._folder,
+            "needs": self._needs,
+            "files": self._files,
+        }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, json.dumps(record, separators=(",", ":")).encode("ascii"))
@@ -256,28 +312,28 @@ def _stamp(source: SourceVideo) -> tuple[int, int] | None:
 
 
 def _scan_all(
-    sources: list[SourceVideo], workers: int, timeout_seconds: float
+    sources: list[SourceVideo], needs: Needs, workers: int, timeout_seconds: float
 ) -> Iterator[tuple[SourceVideo, dict[str, Any]]]:
     """(video, what was found) in the order in which they are done."""
     if workers == 0:
         for source in sources:
-            yield source, scan_video(source.path)
+            yield source, scan_video(source.path, needs)
         return
     remaining = iter(sources)
     by_id = {source.video_id: source for source in sources}
 
-    def next_job() -> tuple[str, str | None] | None:
+    def next_job() -> tuple[str, str | None, Needs] | None:
         source = next(remaining, None)
-        return None if source is None else (source.video_id, source.path)
+        return None if source is None else (source.video_id, source.path, needs)
 
     with without_main_module():
-        for (video_id, _), outcome in run_jobs(_scan_job, next_job, workers, timeout_seconds):
+        for (video_id, *_), outcome in run_jobs(_scan_job, next_job, workers, timeout_seconds):
             yield by_id[video_id], {"reason": outcome.reason} if isinstance(outcome, Lost) else outcome
 
 
-def _scan_job(job: tuple[str, str | None]) -> dict[str, Any]:
+def _scan_job(job: tuple[str, str | None, Needs]) -> dict[str, Any]:
     """Runs in a worker process."""
-    return scan_video(job[1])
+    return scan_video(*job[1:])
 
 
 def _indexed(source: SourceVideo, found: dict[str, Any]) -> IndexedVideo:
@@ -290,7 +346,7 @@ _FOUND = [field.name for field in fields(IndexedVideo) if field.name not in ("vi
 """Fields that come from the file itself."""
 
 
-def scan_video(path: str | None) -> dict[str, Any]:
+def scan_video(path: str | None, needs: Needs = "both") -> dict[str, Any]:
     """What the packets of a video tell: the fields of IndexedVideo but id, hash and label; or {"reason": why it
     gives no clips}. Raises nothing for what is in the file."""
     if path is None or not os.path.lexists(path):
@@ -298,32 +354,33 @@ def scan_video(path: str | None) -> dict[str, Any]:
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         return {"reason": "unreadable"}
     try:
-        return _scan(path)
+        return _scan(path, needs)
     except Unusable as error:
         return {"reason": error.reason}
     except (av.error.FFmpegError, OSError, ValueError, IndexError):
         return {"reason": "undecodable"}
 
 
-def _scan(path: str) -> dict[str, Any]:
-    probe = probe_video(path)
+def _scan(path: str, needs: Needs) -> dict[str, Any]:
+    probe = probe_video(path, needs)
     with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
         origin = origin_seconds(container)
-        video = container.streams[probe.video_stream]
-        audio = container.streams[probe.audio_stream]
-        video.codec_context.thread_type = "NONE"
+        indices = [index for index in (probe.video_stream, probe.audio_stream) if index is not None]
+        streams = [container.streams[index] for index in indices]
+        for stream in streams:
+            stream.codec_context.thread_type = "NONE"
         times, keyframes, shape = [], [], None
         untimed = lacks_times(container)
         video_end, audio_start, audio_end = -math.inf, math.inf, -math.inf
         frame_seconds = 1 / probe.fps if probe.fps > 0 else 1 / FPS
-        for packet in read_packets(container, video, audio):
+        for packet in read_packets(container, *streams):
             ticks = packet.pts if packet.pts is not None else packet.dts
             if ticks is None or packet.time_base is None:
-                untimed = untimed or packet.stream_index == video.index
+                untimed = untimed or packet.stream_index == probe.video_stream
                 continue
             begin = float(ticks * packet.time_base) - origin
             end = begin + float((packet.duration or 0) * packet.time_base)
-            if packet.stream_index == audio.index:
+            if packet.stream_index == probe.audio_stream:
                 audio_start, audio_end = min(audio_start, begin), max(audio_end, end)
                 continue
             if shape is None:
@@ -334,14 +391,21 @@ def _scan(path: str) -> dict[str, Any]:
                 untimed = untimed or packet.pts is None
                 times.append(begin)
                 video_end = max(video_end, end if packet.duration else begin + frame_seconds)
-    if not times or not keyframes or shape is None:
-        raise Unusable("undecodable")
-    duration = min(video_end + HALF_FRAME_SECONDS, audio_end + TIME_SLACK_SECONDS) - probe.start_seconds
-    if not duration >= CLIP_SECONDS:
+    ends = []
+    if needs != "audio":
+        if not times or not keyframes or shape is None:
+            raise Unusable("undecodable")
+        ends.append(video_end + HALF_FRAME_SECONDS)
+    if needs != "video":
+        if audio_end < audio_start:
+            raise Unusable("no-samples" if needs == "audio" else "too-short")
+        ends.append(audio_end + TIME_SLACK_SECONDS)
+    duration = min(ends) - probe.start_seconds
+    if duration <= 0:
         raise Unusable("too-short")
     times.sort()
     longest = max((later - earlier for earlier, later in zip(times, times[1:])), default=0.0)
-    rotation, mirrored = shape
+    rotation, mirrored = shape or (0, False)
     return {
         "num_bytes": os.path.getsize(path),
         "start_seconds": round(probe.start_seconds, 6),
@@ -352,10 +416,11 @@ def _scan(path: str) -> dict[str, Any]:
         "rotation": rotation,
         "mirrored": mirrored,
         "fps": round(probe.fps, 6),
+        "num_frames": sum(time > probe.start_seconds - frame_seconds / 2 for time in times),
         "video_stream": probe.video_stream,
         "audio_stream": probe.audio_stream,
-        "video_end_seconds": round(video_end, 6),
-        "audio_start_seconds": round(audio_start, 6),
+        "video_end_seconds": round(video_end, 6) if times else 0.0,
+        "audio_start_seconds": round(audio_start, 6) if audio_end >= audio_start else 0.0,
         "longest_frame_seconds": None if untimed else round(longest, 6),
         "keyframe_seconds": sorted({round(keyframe, 6) for keyframe in keyframes}),
     }

@@ -37,7 +37,7 @@ from shards.schema import (
     FPS,
     FRAMES_PER_CLIP,
     SAMPLE_RATE,
-    SAMPLES_PER_CLIP,
+    SILENCE_FLOOR_DBFS,
     BadClip,
     ClipInfo,
     clip_key,
@@ -79,16 +79,16 @@ av.logging.set_level(av.logging.PANIC)  # libav prints what it finds odd; here t
 
 @dataclass(frozen=True, kw_only=True)
 class RawSecond:
-    """One clip."""
+    """One clip: usually a second."""
 
     info: ClipInfo
     """As a shard would have it, but for `source_crop`, which is the whole picture, `frame_width` and
     `frame_height`, which are those of the displayed picture with square pixels, and the checksums, which are
     0."""
     frames: np.ndarray
-    """uint8 (T, height, width, 3), RGB."""
+    """uint8 (T, height, width, 3), RGB; T is 0 where the picture is not used."""
     waveform: np.ndarray
-    """float32 (24000,) in [-1, 1)."""
+    """float32 (num_samples,) in [-1, 1), 24 kHz; empty where the sound is not used."""
 
 
 def random_start(seed: int, epoch: int, key: str, duration_seconds: float) -> float:
@@ -141,6 +141,9 @@ class RawVideoReader:
         *,
         short_side: int,
         frame_indices: Sequence[int] = tuple(range(FRAMES_PER_CLIP)),
+        frame_seconds: float = 1 / FPS,
+        clip_seconds: float = CLIP_SECONDS,
+        scaled: tuple[int, int] | None = None,
         window: tuple[int, int, int, int] | None = None,
         out: np.ndarray | None = None,
         slot: int = 0,
@@ -154,55 +157,149 @@ class RawVideoReader:
             position: of the video in the index.
             start_seconds: on the source's clock, which starts with the container (`start_seconds()` draws one).
             short_side: frames are scaled to this short side, pixels, aspect kept.
-            frame_indices: which of the 32 frames, ascending.
+            frame_indices: which of the output frames, ascending.
+            frame_seconds: from one output frame to the next, in place of 1/32.
+            clip_seconds: how much sound is read.
+            scaled: (width, height) that frames are scaled to, in place of short_side and the aspect.
             window: (top, left, height, width) of the scaled frame to keep; None: all of it.
             out: uint8 (T, height, width, 3), contiguous, to write to and return.
             slot: see `key`.
 
         Raises:
             BadClip: `missing`, `unreadable`, `stale-index` (the file has another size than when it was indexed),
-                `decode-error`, `frame-count` unless the picture is there for the whole second, `sample-count`
+                `decode-error`, `frame-count` unless the picture is there for the whole clip, `sample-count`
                 where more than 31 ms of sound are missing at either end. out then holds anything.
         """
         assert list(frame_indices) == sorted(set(frame_indices)), frame_indices
-        assert set(frame_indices) <= set(range(FRAMES_PER_CLIP)) and len(frame_indices), frame_indices
+        bounds = tuple(start_seconds + (i + 0.5) * frame_seconds - EPSILON_SECONDS for i in frame_indices)
+        last = start_seconds + (FRAMES_PER_CLIP - 0.5) * frame_seconds - EPSILON_SECONDS
+        canvas, samples = self.read_bounds(
+            position,
+            bounds,
+            start_seconds,
+            clip_seconds,
+            last_bound=last,
+            scaled=scaled or scaled_size(*self.frame_size(position), short_side),
+            window=window,
+            out=out,
+            key=self.key(position, slot),
+        )
+        info = self.describe(position, start_seconds, clip_seconds, slot, samples)
+        return RawSecond(info=info, frames=canvas, waveform=samples.astype(np.float32) / np.float32(32768))
+
+    def read_bounds(
+        self,
+        position: int,
+        bounds: tuple[float, ...],
+        start_seconds: float,
+        clip_seconds: float,
+        *,
+        scaled: tuple[int, int],
+        last_bound: float | None = None,
+        window: tuple[int, int, int, int] | None = None,
+        out: np.ndarray | None = None,
+        key: str,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures at any times and the sound between two, in one pass over that part of the file.
+
+        Args:
+            position: of the video in the index.
+            bounds: seconds, ascending: picture i is the last one shown before bounds[i]. Not read where the
+                picture is not used.
+            start_seconds: where the sound starts. Not read where the sound is not used.
+            clip_seconds: how much of it.
+            scaled: (width, height) that frames are scaled to.
+            last_bound: the picture has to last until then; None: until the last of bounds.
+            window: as for `read`.
+            out: as for `read`.
+            key: for errors.
+
+        Returns:
+            uint8 (T, height, width, 3), RGB, and int16 (num_samples,), 24 kHz.
+
+        Raises:
+            BadClip: as `read`.
+        """
         video = self._index.videos[position]
+        if video.video_stream is None:
+            bounds = ()
         clip = _Clip(
             video=video,
             path=self._index.path(position),
-            key=self.key(position, slot),
+            key=key,
             start_seconds=start_seconds,
-            frame_indices=tuple(frame_indices),
+            num_samples=0 if video.audio_stream is None else round(clip_seconds * SAMPLE_RATE),
+            bounds=bounds,
         )
-        scaled = scaled_size(*video.frame_size, short_side)
         top, left, height, width = window or (0, 0, scaled[1], scaled[0])
-        assert 0 <= top <= scaled[1] - height and 0 <= left <= scaled[0] - width, window
+        if bounds:
+            assert 0 <= top <= scaled[1] - height and 0 <= left <= scaled[0] - width, window
         if out is None:
-            out = np.empty((len(frame_indices), height, width, 3), dtype=np.uint8)
-        assert out.shape == (len(frame_indices), height, width, 3), out.shape
+            out = np.empty((len(bounds), height, width, 3), dtype=np.uint8)
+        assert out.shape == (len(bounds), height, width, 3), out.shape
         assert out.flags.c_contiguous
         canvas = _Canvas(video, scaled, (top, left, height, width), out)
-        samples = _read(clip, canvas)
+        if bounds and (last_bound or bounds[-1]) > video.video_end_seconds + EPSILON_SECONDS:
+            raise clip.bad("frame-count")
+        return out, _read(clip, canvas)
+
+    def read_soundtrack(
+        self, position: int, start_seconds: float, seconds: float, rates: Sequence[int]
+    ) -> tuple[np.ndarray, int]:
+        """The sound between two times as one would hear it: at its own rate, with silence where nothing decodes.
+
+        Args:
+            position: of the video in the index.
+            start_seconds: on the source's clock.
+            seconds: how much.
+            rates: sample rates that may come back, Hz; of a rate that is not among them, the next higher one is
+                taken, or the highest.
+
+        Returns:
+            (float32 (1 or 2, num_samples) in [-1, 1), sample rate): mono or, of two and more channels, stereo.
+
+        Raises:
+            BadClip: `missing`, `unreadable`, `decode-error` (nothing decodes).
+        """
+        video = self._index.videos[position]
+        assert video.audio_stream is not None, video.video_id
+        try:
+            with av.open(
+                f"file:{self._index.path(position)}", options=OPEN_OPTIONS, metadata_errors="replace"
+            ) as container:
+                found = _read_soundtrack(container, video.audio_stream, start_seconds, seconds, rates)
+        except FileNotFoundError:
+            raise BadClip(self.key(position), video.video_id, "missing") from None
+        except (av.error.FFmpegError, OSError) as error:
+            raise BadClip(self.key(position), video.video_id, "unreadable") from error
+        if found is None:
+            raise BadClip(self.key(position), video.video_id, "decode-error")
+        return found
+
+    def describe(
+        self, position: int, start_seconds: float, clip_seconds: float, slot: int, samples: np.ndarray
+    ) -> ClipInfo:
+        """What is known of a clip. samples: int16 (num_samples,), its sound; may be empty."""
+        video = self._index.videos[position]
         display_width, display_height = video.frame_size
-        info = ClipInfo(
-            key=clip.key,
+        return ClipInfo(
+            key=self.key(position, slot),
             video_id=video.video_id,
             video_number=self.video_number(position),
             label=video.label,
             slot=slot,
             start_seconds=start_seconds,
-            end_seconds=round(start_seconds + CLIP_SECONDS, 6),
+            end_seconds=round(start_seconds + clip_seconds, 6),
             source_fps=video.fps,
             source_width=video.width,
             source_height=video.height,
             source_crop=(0.0, 0.0, float(video.width), float(video.height)),
             frame_width=display_width,
             frame_height=display_height,
-            loudness_dbfs=loudness_dbfs(samples),
+            loudness_dbfs=loudness_dbfs(samples) if len(samples) else SILENCE_FLOOR_DBFS,
             video_crc32=0,
             audio_crc32=0,
         )
-        return RawSecond(info=info, frames=out, waveform=samples.astype(np.float32) / np.float32(32768))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,14 +310,18 @@ class _Clip:
     path: str
     key: str
     start_seconds: float
-    frame_indices: tuple[int, ...]
+    """Of the sound."""
+    num_samples: int
+    bounds: tuple[float, ...]
+    """Frames that start before this time may be the output frame; the last of them is."""
+
+    @property
+    def end_seconds(self) -> float:
+        """Of the sound."""
+        return self.start_seconds + self.num_samples / SAMPLE_RATE
 
     def bad(self, reason: str) -> BadClip:
         return BadClip(self.key, self.video.video_id, reason)
-
-    def bound(self, index: int) -> float:
-        """Frames that start before this time may be output frame `index`; the last of them is."""
-        return self.start_seconds + (index + 0.5) / FPS - EPSILON_SECONDS
 
 
 class _Canvas:
@@ -284,8 +385,6 @@ def _read(clip: _Clip, canvas: _Canvas) -> np.ndarray:
         raise clip.bad("unreadable") from None
     if num_bytes != clip.video.num_bytes:
         raise clip.bad("stale-index")
-    if clip.bound(FRAMES_PER_CLIP - 1) > clip.video.video_end_seconds + EPSILON_SECONDS:
-        raise clip.bad("frame-count")
     try:
         with av.open(f"file:{clip.path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
             return _read_container(clip, canvas, container)
@@ -295,46 +394,73 @@ def _read(clip: _Clip, canvas: _Canvas) -> np.ndarray:
 
 def _read_container(clip: _Clip, canvas: _Canvas, container: av.container.InputContainer) -> np.ndarray:
     video = clip.video
-    if max(video.video_stream, video.audio_stream) >= len(container.streams):
+    wanted = [index for index in (video.video_stream, video.audio_stream) if index is not None]
+    if max(wanted) >= len(container.streams):
         raise clip.bad("stale-index")
-    picture_stream = container.streams[video.video_stream]
-    sound_stream = container.streams[video.audio_stream]
-    for stream in (picture_stream, sound_stream):
-        if stream.codec_context is None:
+    for index in wanted:
+        if container.streams[index].codec_context is None:
             raise clip.bad("decode-error")
-        stream.codec_context.thread_type = "NONE"
+        container.streams[index].codec_context.thread_type = "NONE"
     origin = origin_seconds(container)
-
-    # The picture, and the sound that lies beside it.
-    sound = _Sound(clip, sound_stream, origin)
-    reason, tried = "", None
-    for back, primed in ATTEMPTS:
-        keyframe = _keyframe_before(video, clip.bound(0) - back)
-        if keyframe == tried or (primed and keyframe == video.keyframe_seconds[0]):
-            continue
-        if primed:
-            _prime(container, picture_stream, video.keyframe_seconds[0], origin)
-        if tried is not None or keyframe != video.keyframe_seconds[0]:
-            _seek(container, picture_stream, keyframe, origin)
-        picture = _Picture(clip, canvas, picture_stream, origin, keyframe)
-        try:
-            _feed(container, picture, sound if tried is None else None)
-            break
-        except _Retry as error:
-            reason, tried = error.args[0], keyframe
-    else:
-        raise clip.bad(reason)
+    sound = None
+    if video.audio_stream is not None:
+        sound = _Sound(clip, container.streams[video.audio_stream], origin)
+    if clip.bounds:
+        _read_picture(clip, canvas, container, origin, sound)
+    elif sound is not None:
+        if clip.start_seconds - AUDIO_PREROLL_SECONDS > video.audio_start_seconds:
+            _seek(container, sound.stream, clip.start_seconds - AUDIO_PREROLL_SECONDS, origin)
+        _feed(container, None, sound)
+    if sound is None:
+        return np.zeros(0, dtype=np.int16)
 
     # Its sound may lie before a picture in the file; then it is read by itself.
     for back in (0.5, 2.0, 5.0):
         if sound.complete:
             break
-        keyframe = _keyframe_before(video, clip.start_seconds - AUDIO_PREROLL_SECONDS - back)
-        _seek(container, picture_stream, keyframe, origin)
-        is_last = back == 5.0 or keyframe == video.keyframe_seconds[0]
-        sound = _Sound(clip, sound_stream, origin, take_late=is_last)
+        seconds = clip.start_seconds - AUDIO_PREROLL_SECONDS - back
+        is_last = back == 5.0
+        if video.video_stream is None:
+            _seek(container, sound.stream, max(seconds, video.audio_start_seconds), origin)
+        else:
+            keyframe = _keyframe_before(video, seconds)
+            _seek(container, container.streams[video.video_stream], keyframe, origin)
+            is_last = is_last or keyframe == video.keyframe_seconds[0]
+        sound = _Sound(clip, sound.stream, origin, take_late=is_last)
         _feed(container, None, sound)
     return sound.samples()
+
+
+def _read_picture(
+    clip: _Clip,
+    canvas: _Canvas,
+    container: av.container.InputContainer,
+    origin: float,
+    sound: "_Sound | None",
+) -> None:
+    """Draws the frames of a clip; gives to sound what lies beside them.
+
+    Raises:
+        BadClip: they cannot be drawn.
+    """
+    video = clip.video
+    stream = container.streams[video.video_stream]
+    reason, tried = "", None
+    for back, primed in ATTEMPTS:
+        keyframe = _keyframe_before(video, clip.bounds[0] - back)
+        if keyframe == tried or (primed and keyframe == video.keyframe_seconds[0]):
+            continue
+        if primed:
+            _prime(container, stream, video.keyframe_seconds[0], origin)
+        if tried is not None or keyframe != video.keyframe_seconds[0]:
+            _seek(container, stream, keyframe, origin)
+        picture = _Picture(clip, canvas, stream, origin, keyframe)
+        try:
+            _feed(container, picture, sound if tried is None else None)
+            return
+        except _Retry as error:
+            reason, tried = error.args[0], keyframe
+    raise clip.bad(reason)
 
 
 def _keyframe_before(video: IndexedVideo, seconds: float) -> float:
@@ -392,7 +518,7 @@ class _Picture:
         self._tick = float(stream.time_base)
         self._keyframe = keyframe - 1e-3  # containers round
         self._by_dts = lacks_times(stream.container)
-        self._bounds = [clip.bound(index) for index in clip.frame_indices]
+        self._bounds = clip.bounds
         self._longest = clip.video.longest_frame_seconds
         self._frame_seconds = 1 / clip.video.fps if clip.video.fps > 0 else 1 / FPS
         self._started = False
@@ -509,7 +635,7 @@ class _Sound:
         self._origin = origin
         self._tick = float(stream.time_base)
         self._begin = clip.start_seconds - AUDIO_PREROLL_SECONDS
-        self._end = clip.start_seconds + CLIP_SECONDS + AUDIO_TAIL_SECONDS
+        self._end = clip.end_seconds + AUDIO_TAIL_SECONDS
         self._take_late = take_late
         self._any = False
         self._mixer: _Mixer | None = None
@@ -557,37 +683,97 @@ class _Sound:
             self._mixer.push(frame)
 
     def samples(self) -> np.ndarray:
-        """int16 (24000,).
+        """int16 (num_samples,).
 
         Raises:
             BadClip: `sample-count`.
         """
-        samples = np.zeros(SAMPLES_PER_CLIP, dtype=np.int16)
-        first, last = SAMPLES_PER_CLIP, 0
+        num_samples = self._clip.num_samples
+        samples = np.zeros(num_samples, dtype=np.int16)
+        first, last = num_samples, 0
         for place, piece in self._pieces:
             start = place - round(self._clip.start_seconds * SAMPLE_RATE)
-            begin, end = max(start, 0), min(start + len(piece), SAMPLES_PER_CLIP)
+            begin, end = max(start, 0), min(start + len(piece), num_samples)
             if begin < end:
                 samples[begin:end] = piece[begin - start : end - start]
                 first, last = min(first, begin), max(last, end)
-        if max(first, SAMPLES_PER_CLIP - last) > PADDING_SECONDS * SAMPLE_RATE:
+        if max(first, num_samples - last) > PADDING_SECONDS * SAMPLE_RATE:
             raise self._clip.bad("sample-count")
         return samples
+
+
+def _read_soundtrack(
+    container: av.container.InputContainer,
+    audio_stream: int,
+    start_seconds: float,
+    seconds: float,
+    rates: Sequence[int],
+) -> tuple[np.ndarray, int] | None:
+    """See `RawVideoReader.read_soundtrack`; None: nothing decodes."""
+    stream = container.streams[audio_stream]
+    stream.codec_context.thread_type = "NONE"
+    origin, tick = origin_seconds(container), float(stream.time_base)
+    rate, num_channels, mixer = 0, 0, None
+    pieces: list[tuple[int, np.ndarray]] = []
+    # Choice: all packets before are passed over, not searched: searching sound alone is not exact everywhere.
+    for packet in read_packets(container, stream):
+        ticks = packet.pts if packet.pts is not None else packet.dts
+        begin = None if ticks is None else ticks * tick - origin
+        if begin is not None and begin > start_seconds + seconds + AUDIO_TAIL_SECONDS:
+            break
+        if (
+            begin is not None
+            and begin + (packet.duration or 0) * tick < start_seconds - AUDIO_PREROLL_SECONDS
+        ):
+            continue
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.error.FFmpegError:
+            continue  # silence there
+        for frame in frames:
+            if not rate:
+                higher = [allowed for allowed in rates if allowed >= frame.sample_rate]
+                rate = min(higher) if higher else max(rates)
+                num_channels = min(frame.layout.nb_channels, 2)
+            if mixer is None or not mixer.fits(frame):
+                if mixer is not None:
+                    pieces.append(mixer.finish())
+                mixer = _Mixer(frame, tick, origin, rate, num_channels)
+            mixer.push(frame)
+    if mixer is None:
+        return None
+    pieces.append(mixer.finish())
+    samples = np.zeros((round(seconds * rate), num_channels), dtype=np.int16)
+    for place, piece in pieces:
+        start, piece = place - round(start_seconds * rate), piece.reshape(-1, num_channels)
+        begin, end = max(start, 0), min(start + len(piece), len(samples))
+        if begin < end:
+            samples[begin:end] = piece[begin - start : end - start]
+    return np.ascontiguousarray(samples.T, dtype=np.float32) / np.float32(32768), rate
 
 
 class _Mixer:
     """Decoded sound of one format -> int16, mono, 24 kHz, without holes: ffmpeg's filters, set as in
     `shards.ffmpeg.SliceCommand`."""
 
-    def __init__(self, frame: av.AudioFrame, tick: float, origin: float) -> None:
-        """frame: the first; it is not pushed. tick: seconds of a time stamp."""
+    def __init__(
+        self,
+        frame: av.AudioFrame,
+        tick: float,
+        origin: float,
+        out_rate: int = SAMPLE_RATE,
+        num_channels: int = 1,
+    ) -> None:
+        """frame: the first; it is not pushed. tick: seconds of a time stamp. num_channels: 1, or 2 for stereo."""
         self._form = _form(frame)
         self._rate = frame.sample_rate
+        self._out_rate = out_rate
+        self._num_channels = num_channels
         self._tick = tick
         self._origin = origin
         # What comes before the first sample that lies on the clock of both rates is left out: so the resampler
         # is in phase with one that began at 0, as for shards.
-        step = self._rate // math.gcd(self._rate, SAMPLE_RATE)
+        step = self._rate // math.gcd(self._rate, out_rate)
         spare = -(self._place(frame) or 0) % step
         layout = {"layout": frame.layout.name}
         if frame.layout.name.endswith(" channels"):  # the file does not tell which is which
@@ -602,8 +788,10 @@ class _Mixer:
                 **layout,
             ),
             self._graph.add("atrim", f"start_sample={spare}"),
-            self._graph.add("aresample", f"{SAMPLE_RATE}:async=1:min_hard_comp=0.025:rematrix_maxval=1.0"),
-            self._graph.add("aformat", "sample_fmts=s16:channel_layouts=mono"),
+            self._graph.add("aresample", f"{out_rate}:async=1:min_hard_comp=0.025:rematrix_maxval=1.0"),
+            self._graph.add(
+                "aformat", f"sample_fmts=s16:channel_layouts={('mono', 'stereo')[num_channels - 1]}"
+            ),
             self._graph.add("abuffersink"),
         ).configure()
         self._first: int | None = None
@@ -621,7 +809,10 @@ class _Mixer:
         self._pull()
 
     def finish(self) -> tuple[int, np.ndarray]:
-        """(place of the first sample on the clock, in samples of 24 kHz; int16 samples)."""
+        """(place of the first sample on the clock, in samples of 24 kHz; int16 samples).
+
+        Samples of stereo take turns: left, right, left, ...
+        """
         self._graph.push(None)
         self._pull()
         samples = np.concatenate(self._parts) if self._parts else np.zeros(0, dtype=np.int16)
@@ -640,8 +831,9 @@ class _Mixer:
             except (av.error.BlockingIOError, av.error.EOFError):
                 return
             if self._first is None and frame.pts is not None:
-                self._first = round(frame.pts * frame.time_base * SAMPLE_RATE)
-            self._parts.append(np.frombuffer(frame.planes[0], np.int16)[: frame.samples].copy())
+                self._first = round(frame.pts * frame.time_base * self._out_rate)
+            num_values = frame.samples * self._num_channels
+            self._parts.append(np.frombuffer(frame.planes[0], np.int16)[:num_values].copy())
 
 
 def _form(frame: av.AudioFrame) -> tuple[str, int, str]:

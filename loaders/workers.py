@@ -56,26 +56,30 @@ class ClipOutputs:
 
     video: VideoConfig
     audio: AudioConfig
-    pixels: Literal["rgb", "yuv"] = "rgb"
+    pixels: Literal["rgb", "yuv", "none"] = "rgb"
     """`rgb`: `frames`, uint8 (T, H, W, 3), finished. `yuv`: `yuv`, uint8 (T, window * window * 3 // 2), what
-    `decode.decode_yuv_windows` gives, to be finished on the device."""
-    sound: Literal["log-mel", "waveform"] = "log-mel"
-    """`log-mel`: `log_mel`, float32 (1, F, S), finished. `waveform`: `waveform`, int16 (24000,)."""
+    `decode.decode_yuv_windows` gives, to be finished on the device. `none`: `frames` with T = 0."""
+    sound: Literal["log-mel", "waveform", "none"] = "log-mel"
+    """`log-mel`: `log_mel`, float32 (1, F, S), finished. `waveform`: `waveform`, int16 (num_samples,). `none`:
+    `log_mel` with S = 0."""
+    num_samples: int = SAMPLES_PER_CLIP
+    """Samples of a clip's waveform."""
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape for one clip, dtype)."""
         video, audio = self.video, self.audio
         arrays: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        if self.pixels == "rgb":
-            size = video.crop_size
-            arrays["frames"] = ((video.num_frames, size, size, 3), torch.uint8)
+        if self.pixels in ("rgb", "none"):
+            num_frames, size = video.num_frames if self.pixels == "rgb" else 0, video.crop_size
+            arrays["frames"] = ((num_frames, size, size, 3), torch.uint8)
         else:
             window = yuv_window_size(video.crop_size)
             arrays["yuv"] = ((video.num_frames, window * window * 3 // 2), torch.uint8)
-        if self.sound == "log-mel":
-            arrays["log_mel"] = ((1, audio.num_mel_bins, audio.num_steps()), torch.float32)
+        if self.sound in ("log-mel", "none"):
+            num_steps = audio.num_steps(self.num_samples) if self.sound == "log-mel" else 0
+            arrays["log_mel"] = ((1, audio.num_mel_bins, num_steps), torch.float32)
         else:
-            arrays["waveform"] = ((SAMPLES_PER_CLIP,), torch.int16)
+            arrays["waveform"] = ((self.num_samples,), torch.int16)
         return arrays
 
     def clear(self, row: dict[str, Tensor]) -> None:
@@ -216,7 +220,7 @@ def jitter_frames(frames: Tensor, augmentation: ClipAugmentation) -> None:
 def finish_waveform(
     waveform: Tensor, config: AudioConfig, augmentation: ClipAugmentation, out: Tensor
 ) -> None:
-    """Augmented log-mel of a waveform, float32 (24000,), into out, float32 (1, F, S)."""
+    """Augmented log-mel of a waveform, float32 (num_samples,), into out, float32 (1, F, S)."""
     out[0] = augment_log_mel(log_mel_spectrogram(waveform, config), augmentation)
 
 

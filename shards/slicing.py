@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import av.logging
@@ -31,6 +32,7 @@ from shards.schema import (
     SILENCE_FLOOR_DBFS,
     WAV_HEADER,
 )
+from shards.sources import Needs
 
 HALF_FRAME_SECONDS = 0.5 / FPS
 """The video is on a grid of 1/32 s, to which times are rounded."""
@@ -92,16 +94,18 @@ class SlicedClip:
 class VideoProbe:
     """What the header and the first frame of a video say."""
 
-    video_stream: int
-    audio_stream: int
+    video_stream: int | None
+    """None if no picture was asked for."""
+    audio_stream: int | None
+    """None if no sound was asked for."""
     width: int
-    """Pixels, in display orientation."""
+    """Pixels, in display orientation; 0 without picture."""
     height: int
     pixel_aspect: float
     """Width / height of a pixel, in display orientation."""
     fps: float
     start_seconds: float
-    """Where both streams have started."""
+    """Where all streams that were asked for have started."""
     video_end_seconds: float | None
     """None if the header does not tell."""
     audio_end_seconds: float | None
@@ -255,11 +259,13 @@ def _slice_probed(
     )
 
 
-def probe_video(path: str) -> VideoProbe:
+def probe_video(path: str, needs: Needs = "both") -> VideoProbe:
     """Streams, size, rate and times of a video, from its header and first frame.
 
     Of several streams the one flagged as default is taken, then the one with the largest frame or the highest
     sample rate, then the first. Pictures attached to audio files are not video.
+
+    needs: which streams have to be there; the other one is not looked at.
 
     Raises:
         Unusable: `undecodable`, `no-video` or `no-audio`.
@@ -268,12 +274,12 @@ def probe_video(path: str) -> VideoProbe:
     options = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}
     try:
         with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
-            return _probe_container(container)
+            return _probe_container(container, needs)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise Unusable("undecodable") from error
 
 
-def _probe_container(container: av.container.InputContainer) -> VideoProbe:
+def _probe_container(container: av.container.InputContainer, needs: Needs) -> VideoProbe:
     pictures = av.stream.Disposition.attached_pic | av.stream.Disposition.still_image
     is_default = av.stream.Disposition.default
     videos = [stream for stream in container.streams.video if not stream.disposition & pictures]
@@ -281,46 +287,60 @@ def _probe_container(container: av.container.InputContainer) -> VideoProbe:
     audios = [stream for stream in container.streams.audio if stream.codec_context is not None]
     if not videos and not audios:
         raise Unusable("undecodable")
-    if not videos:
+    if not videos and needs != "audio":
         raise Unusable("no-video")
-    if not audios:
+    if not audios and needs != "video":
         raise Unusable("no-audio")
-    video = max(
-        videos, key=lambda s: (bool(s.disposition & is_default), (s.width or 0) * (s.height or 0), -s.index)
-    )
-    audio = max(
-        audios, key=lambda s: (bool(s.disposition & is_default), s.codec_context.sample_rate or 0, -s.index)
-    )
     origin = (container.start_time or 0) / av.time_base
-    frame = _first_frame(container, video)
-    width, height, aspect, rotation = video.width, video.height, video.sample_aspect_ratio, 0
-    starts = [_seconds(video.start_time, video, origin), _seconds(audio.start_time, audio, origin)]
-    if frame is not None:
-        width, height, rotation = frame.width, frame.height, frame.rotation
-        starts.append(_seconds(frame.pts, video, origin))
-    if not width or not height:
-        raise Unusable("undecodable")
-    pixel_aspect = float(aspect) if aspect else 1.0
-    if not 0.1 <= pixel_aspect <= 10:
-        pixel_aspect = 1.0
-    if round(rotation / 90) % 2:
-        width, height, pixel_aspect = height, width, 1 / pixel_aspect
     total = None if container.duration is None else container.duration / av.time_base
-    ends = []
-    for stream, start in zip((video, audio), starts):
+
+    def end_of(stream: av.stream.Stream, start: float | None) -> float | None:
         known = stream.duration is not None and start is not None
-        ends.append(start + float(stream.duration * stream.time_base) if known else total)
-    rate = video.average_rate or video.guessed_rate or video.base_rate
+        return start + float(stream.duration * stream.time_base) if known else total
+
+    starts: list[float | None] = []
+    picture: dict[str, Any] = {
+        "video_stream": None, "width": 0, "height": 0, "pixel_aspect": 1.0, "fps": 0.0, "video_end_seconds": None,
+    }  # fmt: skip
+    sound: dict[str, Any] = {"audio_stream": None, "audio_end_seconds": None}
+    if needs != "audio":
+        video = max(
+            videos,
+            key=lambda s: (bool(s.disposition & is_default), (s.width or 0) * (s.height or 0), -s.index),
+        )
+        frame = _first_frame(container, video)
+        width, height, aspect, rotation = video.width, video.height, video.sample_aspect_ratio, 0
+        starts.append(_seconds(video.start_time, video, origin))
+        video_end = end_of(video, starts[0])
+        if frame is not None:
+            width, height, rotation = frame.width, frame.height, frame.rotation
+            starts.append(_seconds(frame.pts, video, origin))
+        if not width or not height:
+            raise Unusable("undecodable")
+        pixel_aspect = float(aspect) if aspect else 1.0
+        if not 0.1 <= pixel_aspect <= 10:
+            pixel_aspect = 1.0
+        if round(rotation / 90) % 2:
+            width, height, pixel_aspect = height, width, 1 / pixel_aspect
+        rate = video.average_rate or video.guessed_rate or video.base_rate
+        picture = {
+            "video_stream": video.index,
+            "width": width,
+            "height": height,
+            "pixel_aspect": pixel_aspect,
+            "fps": float(rate) if rate else 0.0,
+            "video_end_seconds": video_end,
+        }
+    if needs != "video":
+        audio = max(
+            audios,
+            key=lambda s: (bool(s.disposition & is_default), s.codec_context.sample_rate or 0, -s.index),
+        )
+        start = _seconds(audio.start_time, audio, origin)
+        starts.append(start)
+        sound = {"audio_stream": audio.index, "audio_end_seconds": end_of(audio, start)}
     return VideoProbe(
-        video_stream=video.index,
-        audio_stream=audio.index,
-        width=width,
-        height=height,
-        pixel_aspect=pixel_aspect,
-        fps=float(rate) if rate else 0.0,
-        start_seconds=max([start for start in starts if start is not None], default=0.0),
-        video_end_seconds=ends[0],
-        audio_end_seconds=ends[1],
+        start_seconds=max([start for start in starts if start is not None], default=0.0), **picture, **sound
     )
 
 

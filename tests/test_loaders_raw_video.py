@@ -405,7 +405,7 @@ def test_only_changed_files_are_read_again(
     read = []
     scan = raw_index.scan_video
     monkeypatch.setattr(
-        raw_index, "scan_video", lambda path: read.append(os.path.basename(path)) or scan(path)
+        raw_index, "scan_video", lambda path, needs: read.append(os.path.basename(path)) or scan(path, needs)
     )
     make_flash_beep_video(copy / "empty.mp4", seconds=2, size=(96, 72))
     os.utime(copy / "dog" / "a.mp4", ns=(0, 0))
