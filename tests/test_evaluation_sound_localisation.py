@@ -11,6 +11,7 @@ from loaders_media import clip_info
 
 from cmac.evaluation import sound_localisation as figures
 from cmac.evaluation.sound_localisation import Sample, ScoreList, StoredClip
+from cmac.evaluation.truth import Truth, TruthObject
 from loaders import localisation_sets as sets
 from loaders.augment import ClipAugmentation
 
@@ -22,6 +23,14 @@ def box_truth(x0: int, y0: int, x1: int, y1: int, value: float = 1.0) -> torch.T
     truth = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     truth[y0:y1, x0:x1] = value
     return truth
+
+
+def still_sample(sample_id: str, truth: torch.Tensor | None, step: int = 0) -> Sample:
+    """A sample whose truth, (SIZE, SIZE) or (T', SIZE, SIZE), is known; None: no visible source."""
+    if truth is None:
+        return Sample(sample_id=sample_id, truth=None, step=step)
+    stack = truth[None] if truth.dim() == 2 else truth
+    return Sample(sample_id=sample_id, truth=lambda: stack, step=step)
 
 
 def smooth_map(seed: int, side: int = 8) -> torch.Tensor:
@@ -189,8 +198,8 @@ def test_detection_needs_samples_of_both_kinds():
 
 
 def test_a_map_that_is_flat_where_nothing_sounds_detects_perfectly():
-    loud = Sample(sample_id="a", truth=box_truth(0, 0, SIZE, SIZE // 2)[None], step=0)
-    quiet = Sample(sample_id="b", truth=None, step=0)
+    loud = still_sample("a", box_truth(0, 0, SIZE, SIZE // 2), step=0)
+    quiet = still_sample("b", None, step=0)
     half = torch.zeros(1, 8, 8)
     half[:, :4] = 1.0
     scored = figures.score_maps([loud, quiet], {"guided": torch.stack([half, torch.full((1, 8, 8), 0.1)])})
@@ -204,7 +213,7 @@ def test_a_map_that_is_flat_where_nothing_sounds_detects_perfectly():
 
 
 def test_a_map_of_the_box_scores_one_and_its_opposite_zero():
-    sample = Sample(sample_id="a", truth=box_truth(0, 0, SIZE, SIZE // 2)[None], step=1)
+    sample = still_sample("a", box_truth(0, 0, SIZE, SIZE // 2), step=1)
     maps = torch.zeros(1, 4, 8, 8)
     maps[0, 1, :4] = 1.0  # the annotated moment
     scored = figures.score_maps([sample], {"guided": maps, "predicted": 1 - maps})
@@ -225,21 +234,26 @@ def test_slice_is_the_annotated_moment_and_mean_all():
 
 def test_moving_boxes_are_compared_step_by_step():
     truth = torch.stack([box_truth(0, 0, SIZE, 112), box_truth(0, 112, SIZE, SIZE)])
-    sample = Sample(sample_id="a", truth=truth, step=1)
+    sample = still_sample("a", truth, step=1)
     follows = torch.zeros(1, 2, 8, 8)
     follows[0, 0, :4] = follows[0, 1, 4:] = 1.0
-    right = figures.score_all_steps([sample], follows)
-    wrong = figures.score_all_steps([sample], follows.flip(1))
-    assert right.pixel_ap[0] > 0.99 and right.pointing == [1.0]
-    assert wrong.pixel_ap[0] < 0.5 and wrong.pointing == [0.0]
-    assert torch.equal(sample.truth_at_step, truth[1])
+    right = figures.score_all_steps([sample], follows).figures()
+    wrong = figures.score_all_steps([sample], follows.flip(1)).figures()
+    assert set(right) == {"pixel AP", "pointing"}
+    assert right["pixel AP"] > 0.99 and right["pointing"] == 1.0
+    assert wrong["pixel AP"] < 0.5 and wrong["pointing"] == 0.0
+    assert torch.equal(sample.truth_at_step(), truth[1])
+    quiet = still_sample("b", None)
+    both = figures.score_all_steps([sample, quiet], follows.expand(2, -1, -1, -1))
+    assert both.figures() == right and both.num_visible == 1
+    baselines = figures.baselines_over_steps([sample], (2, 8, 8), num_draws=2)
+    assert baselines["whole-image"][0].figures() == pytest.approx({"pixel AP": 0.5, "pointing": 0.5})
+    assert baselines["center"][0].figures()["pixel AP"] == pytest.approx(0.5, abs=0.02)
+    assert len({draw.figures()["pixel AP"] for draw in baselines["random"]}) == 2
 
 
 def test_intervals_hold_the_means_and_leave_out_samples_without_source():
-    samples = [
-        Sample(sample_id=str(n), truth=box_truth(0, 0, 100, 100)[None] if n % 4 else None, step=0)
-        for n in range(16)
-    ]
+    samples = [still_sample(str(n), box_truth(0, 0, 100, 100) if n % 4 else None) for n in range(16)]
     maps = torch.stack([smooth_map(n)[None] for n in range(16)])
     scored = figures.score_maps(samples, {"guided": maps})["guided-slice"]
     means, intervals = scored.figures(), scored.intervals([sample.sample_id for sample in samples])
@@ -257,7 +271,7 @@ def test_intervals_hold_the_means_and_leave_out_samples_without_source():
 def test_baselines_score_what_is_computed_by_hand():
     # A box of the left 3/5 of the picture, to its full height.
     truth = box_truth(0, 0, 134, SIZE)
-    samples = [Sample(sample_id=str(n), truth=truth[None], step=0) for n in range(12)]
+    samples = [still_sample(str(n), truth, step=0) for n in range(12)]
     baselines = figures.score_baselines(samples, (8, 8), num_draws=3)
     whole, center = baselines["whole-image"][0], baselines["center"][0]
     assert whole.scores[0].iou == pytest.approx(134 / SIZE)
@@ -277,7 +291,7 @@ def test_baselines_score_what_is_computed_by_hand():
 
 
 def test_baselines_are_the_same_for_the_same_seed_and_draws_differ():
-    sample = [Sample(sample_id="a", truth=box_truth(30, 30, 120, 90)[None], step=0)]
+    sample = [still_sample("a", box_truth(30, 30, 120, 90), step=0)]
     first = figures.score_baselines(sample, (4, 4), seed=1, num_draws=2)["random"]
     second = figures.score_baselines(sample, (4, 4), seed=1, num_draws=2)["random"]
     assert [draw.scores[0].iou for draw in first] == [draw.scores[0].iou for draw in second]
@@ -285,7 +299,7 @@ def test_baselines_are_the_same_for_the_same_seed_and_draws_differ():
 
 
 def test_no_visible_source_gives_no_figures():
-    samples = [Sample(sample_id="a", truth=None, step=0)]
+    samples = [still_sample("a", None, step=0)]
     assert figures.score_maps(samples, {"guided": torch.rand(1, 2, 4, 4)})["guided-mean"].figures() == {}
     assert ScoreList().intervals([]) == {}
 
@@ -349,6 +363,56 @@ def test_stored_clip_survives_as_float32_numbers():
     assert (clip.source_width, clip.source_height, clip.source_crop) == (384, 288, (0, 0, 384, 288))
     assert (clip.scaled_width, clip.crop_left, clip.crop_top, clip.crop_size) == (192, 32, 8, 128)
     assert clip.flip and clip.start_seconds == 2.0
+
+
+def test_a_source_outside_of_the_crop_gives_no_sample():
+    clip = stored(400, 200, (224, 112), 56, 0)
+    sample, outside = figures.annotated_sample([(0.0, 0.5, 0.5, 1.0)], 1, clip, step=1)
+    assert outside == pytest.approx(0.5) and torch.equal(sample.truth_at_step(), box_truth(0, 112, 112, SIZE))
+    assert figures.annotated_sample([(0.0, 0.0, 0.2, 1.0)], 1, clip, step=1) == (None, 1.0)
+
+
+def world_truth(sound: str, x0: float = 10.0) -> Truth:
+    """One object that moves 60 pixels to the right within the second in which it is seen, at 32 fps."""
+    boxes = np.array([[x0 + 60 * (i / 31), 32.0, x0 + 32 + 60 * (i / 31), 64.0] for i in range(32)])
+    item = TruthObject(category="bell", sounding=sound == "on-screen", moving=True, boxes=boxes)
+    return Truth(
+        part="easy",
+        sound=sound,
+        category="bell",
+        fps=32.0,
+        width=128,
+        height=128,
+        objects=(item,),
+        bands_hz=(),
+    )
+
+
+def test_world_boxes_follow_the_object_and_sounds_without_source_have_none():
+    clip = StoredClip(
+        video_id="a.mp4",
+        start_seconds=0.0,
+        source_width=128,
+        source_height=128,
+        source_crop=(0.0, 0.0, 128.0, 128.0),
+        scaled_width=128,
+        scaled_height=128,
+        crop_left=0,
+        crop_top=0,
+        crop_size=112,
+        flip=False,
+    )
+    truths = [world_truth("on-screen"), world_truth("off-screen"), world_truth("silent"), None]
+    truths.append(world_truth("on-screen", x0=400.0))
+    samples, reasons = figures.world_samples([clip] * 5, truths, num_steps=4)
+    assert reasons == ["", "", "", "no-truth", "outside-crop"]
+    assert samples[1].truth is None and samples[2].truth is None and samples[3:] == [None, None]
+    truth = samples[0].truth()
+    assert truth.shape == (4, SIZE, SIZE) and samples[0].step == 2
+    centers = [float((row.sum(dim=0) * torch.arange(SIZE)).sum() / row.sum()) for row in truth]
+    # A step is eight frames: the object's center moves by 8 * 60 / 31 = 15.5 pixels of 112, twice that of 224.
+    assert np.diff(centers) == pytest.approx([2 * 8 * 60 / 31] * 3, abs=1.0)
+    assert truth[0].sum() == pytest.approx((2 * 32) ** 2, rel=0.05)
 
 
 # --- annotations ---

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ from torch import Tensor
 from cmac.evaluation import boxes as box_ops
 from cmac.evaluation import localisation
 from cmac.evaluation.intervals import bootstrap_interval
+from cmac.evaluation.world import ClipSet, place_clips
+
+if TYPE_CHECKING:
+    from cmac.evaluation.truth import Truth
 
 SIZE = 224
 """Side of maps and ground truth when they are compared, pixels."""
@@ -113,27 +118,24 @@ def pixel_scores(maps: Tensor, truth: Tensor) -> tuple[float, float]:
         maps: any shape.
         truth: same shape, in [0, 1] or bool, not all zero.
     """
-    values = maps.double().flatten()
-    order = torch.argsort(values, descending=True)
-    values, positive = values[order], (truth.flatten() > 0)[order]
-    hits = positive.cumsum(0).double()
-    last = torch.ones_like(positive)
-    last[:-1] = values[1:] < values[:-1]  # the last of each run of equal values
-    hits = hits[last]
-    found = torch.arange(1, len(values) + 1, dtype=torch.float64)[last]
-    total = hits[-1]
+    values = maps.double().flatten().numpy()
+    order = np.argsort(-values)
+    values, positive = values[order], (truth.flatten() > 0).numpy()[order]
+    last = np.append(values[1:] < values[:-1], True)  # the last of each run of equal values
+    hits = np.cumsum(positive)[last]
+    found = np.flatnonzero(last) + 1
+    total = int(hits[-1])
     if total == 0:
         raise ValueError("the ground truth is zero everywhere, expected a box; leave the sample out")
-    precision, recall = hits / found, hits / total
-    steps = torch.diff(recall, prepend=recall.new_zeros(1))
-    return (steps * precision).sum().item(), (2 * hits / (found + total)).max().item()
+    gained = np.diff(hits, prepend=0) / total
+    return float((gained * hits / found).sum()), float((2 * hits / (found + total)).max())
 
 
 def confidence(maps: Tensor) -> float:
     """How sure a map is that something in sight sounds: mean of the highest quarter of its values."""
-    values = maps.double().flatten()
+    values = maps.double().flatten().numpy()
     count = max(1, int(len(values) * CONFIDENT_SHARE))
-    return values.topk(count).values.mean().item()
+    return float(np.partition(values, len(values) - count)[-count:].mean())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -286,17 +288,18 @@ class Sample:
 
     sample_id: str
     """Of the video or pair: samples that share it are resampled together."""
-    truth: Tensor | None
-    """g, (T', SIZE, SIZE) or, where nothing moves, (1, SIZE, SIZE); None: no visible source."""
+    truth: Callable[[], Tensor] | None
+    """Makes g, (T', SIZE, SIZE) or, where nothing moves, (1, SIZE, SIZE), anew each time: that of all samples would
+    fill the memory. None: no visible source."""
     step: int
     """The map's step at the annotated moment."""
 
-    @property
     def truth_at_step(self) -> Tensor | None:
-        """g at the annotated moment, (SIZE, SIZE)."""
+        """g at the annotated moment, (SIZE, SIZE); None: no visible source."""
         if self.truth is None:
             return None
-        return self.truth[self.step if len(self.truth) > 1 else 0]
+        truth = self.truth()
+        return truth[self.step if len(truth) > 1 else 0]
 
 
 FIGURES = ("cIoU@0.5", "AUC", "pixel AP", "pixel max-F1", "pointing")
@@ -315,9 +318,9 @@ class SampleScores:
     """What one map did on one sample."""
 
     figures: dict[str, float]
-    """By name of `FIGURES`; empty where no source is visible."""
+    """By name, of `FIGURES`; empty where no source is visible."""
     iou: float | None
-    """cIoU; None where no source is visible."""
+    """cIoU; None where no source is visible, or where only steps were compared (`score_all_steps`)."""
     confidence: float
     """Of the map."""
 
@@ -359,22 +362,28 @@ class ScoreList:
 
     scores: list[SampleScores] = field(default_factory=list)
 
+    @property
+    def num_visible(self) -> int:
+        """Samples with a visible source."""
+        return sum(bool(score.figures) for score in self.scores)
+
     def figures(self) -> dict[str, float]:
         """Means by name of `FIGURES`, and `DETECTION_FIGURES` where there are samples of both kinds."""
-        seen = [score.figures for score in self.scores if score.iou is not None]
-        means = {name: float(np.mean([row[name] for row in seen])) for name in FIGURES} if seen else {}
-        detection = detection_scores(
-            [score.iou for score in self.scores], [score.confidence for score in self.scores]
-        )
+        seen = [score.figures for score in self.scores if score.figures]
+        means = {name: float(np.mean([row[name] for row in seen])) for name in seen[0]} if seen else {}
+        detection = None
+        if "cIoU@0.5" in means:
+            ious = [score.iou for score in self.scores]
+            detection = detection_scores(ious, [score.confidence for score in self.scores])
         if detection is not None:
             means.update(zip(DETECTION_FIGURES, detection))
         return means
 
     def intervals(self, groups: Sequence[str], seed: int = 0) -> dict[str, tuple[float, float]]:
         """95 % bootstrap intervals of the means; groups: `Sample.sample_id` of each."""
-        rows = [number for number, score in enumerate(self.scores) if score.iou is not None]
+        rows = [number for number, score in enumerate(self.scores) if score.figures]
         result = {}
-        for name in FIGURES if rows else ():
+        for name in self.scores[rows[0]].figures if rows else ():
             values = [self.scores[row].figures[name] for row in rows]
             interval = bootstrap_interval(values, [groups[row] for row in rows], seed)
             assert interval is not None
@@ -404,38 +413,31 @@ def score_maps(
     """
     result: dict[str, ScoreList] = {}
     for number, sample in enumerate(samples):
+        truth = sample.truth_at_step()
         for name, values in maps.items():
             for moment, still in moments(values[number], sample.step).items():
-                score = score_map(still, sample.truth_at_step, threshold)
+                score = score_map(still, truth, threshold)
                 result.setdefault(f"{name}-{moment}", ScoreList()).scores.append(score)
         if progress is not None:
             progress(number + 1)
     return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class AllSteps:
-    """Figures of maps that are compared at every step with where things are then (`score_all_steps`)."""
+def score_all_steps(samples: Sequence[Sample], maps: Tensor) -> ScoreList:
+    """`pixel AP` and `pointing` (`localisation.pointing`) over time and space: maps against moving boxes.
 
-    pixel_ap: list[float]
-    """Average precision over the pixels of all steps, one per sample."""
-    pointing: list[float]
-    """`localisation.pointing` over time and space, one per sample."""
-
-
-def score_all_steps(samples: Sequence[Sample], maps: Tensor) -> AllSteps:
-    """Maps over time against moving boxes, for the samples with a visible source.
+    Choice: no cIoU, whose rule to select half of the pixels is one for a picture.
 
     maps: (N, T', H', W'); samples have a truth of T' steps.
     """
-    result = AllSteps(pixel_ap=[], pointing=[])
+    result = ScoreList()
     for sample, values in zip(samples, maps, strict=True):
-        if sample.truth is None:
-            continue
         up = localisation.upsample_maps(values, SIZE)  # (T', SIZE, SIZE)
-        truth = sample.truth.expand_as(up) > 0
-        result.pixel_ap.append(pixel_scores(up, truth)[0])
-        result.pointing.append(localisation.pointing(up, truth))
+        figures = {}
+        if sample.truth is not None:
+            truth = sample.truth().expand_as(up) > 0
+            figures = {"pixel AP": pixel_scores(up, truth)[0], "pointing": localisation.pointing(up, truth)}
+        result.scores.append(SampleScores(figures=figures, iou=None, confidence=confidence(up)))
     return result
 
 
@@ -478,14 +480,92 @@ def score_baselines(
     """
     everything = torch.ones(SIZE, SIZE, dtype=torch.bool)
     constant, center = torch.ones(1, 1), center_map()
-    truths = [sample.truth_at_step for sample in samples]
+    noise = [random_maps(len(samples), *map_size, seed + draw) for draw in range(num_draws)]
     result = {
-        "whole-image": [ScoreList(scores=[score_map(constant, g, threshold, everything) for g in truths])],
-        "center": [ScoreList(scores=[score_map(center, g, threshold) for g in truths])],
-        "random": [],
+        "whole-image": [ScoreList()],
+        "center": [ScoreList()],
+        "random": [ScoreList() for _ in noise],
     }
-    for draw in range(num_draws):
-        noise = random_maps(len(samples), *map_size, seed + draw)
-        scores = [score_map(still, g, threshold) for still, g in zip(noise, truths, strict=True)]
-        result["random"].append(ScoreList(scores=scores))
+    for number, sample in enumerate(samples):
+        truth = sample.truth_at_step()
+        result["whole-image"][0].scores.append(score_map(constant, truth, threshold, everything))
+        result["center"][0].scores.append(score_map(center, truth, threshold))
+        for scores, maps in zip(result["random"], noise):
+            scores.scores.append(score_map(maps[number], truth, threshold))
     return result
+
+
+def baselines_over_steps(
+    samples: Sequence[Sample], map_size: tuple[int, int, int], seed: int = 0, num_draws: int = 5
+) -> dict[str, list[ScoreList]]:
+    """As `score_baselines`, by `score_all_steps`: a constant map, the center, and noise in time and space.
+
+    map_size: (T', H', W') of the network's maps.
+    """
+    count, (steps, height, width) = len(samples), map_size
+    noise = (
+        random_maps(count * steps, height, width, seed + draw).view(count, steps, height, width)
+        for draw in range(num_draws)
+    )
+    return {
+        "whole-image": [score_all_steps(samples, torch.ones(1, 1, 1, 1).expand(count, steps, 1, 1))],
+        "center": [score_all_steps(samples, center_map().expand(count, steps, SIZE, SIZE))],
+        "random": [score_all_steps(samples, maps) for maps in noise],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------
+# Samples of the three data sets
+# ----------------------------------------------------------------------------------------------------
+
+
+def annotated_sample(
+    boxes: Sequence[Sequence[float]], votes: int, clip: StoredClip, step: int
+) -> tuple[Sample | None, float]:
+    """(sample, share of its ground truth outside of what the network saw); no sample where all of it is.
+
+    boxes and votes as for `truth_map`.
+    """
+    outside = share_outside(boxes, votes, clip)
+    if truth_map(boxes, votes, clip).sum() == 0:
+        return None, outside
+    sample = Sample(sample_id=clip.video_id, truth=lambda: truth_map(boxes, votes, clip)[None], step=step)
+    return sample, outside
+
+
+def world_samples(
+    clips: Sequence[StoredClip], truths: Sequence[Truth | None], num_steps: int
+) -> tuple[list[Sample | None], list[str]]:
+    """Samples of clips of the generated world, and why there is none (else an empty text), by clip.
+
+    A clip whose sound is off-screen or that is silent is a sample without a visible source. `no-truth`: nothing is
+    known of the clip's video; `outside-crop`: its sounding object is not in sight (`world.MIN_VISIBLE`).
+
+    Args:
+        clips: N of them.
+        truths: ground truth of each clip's video.
+        num_steps: T' of the maps; the annotated moment is the clip's middle.
+    """
+    known = ClipSet(clips=list(clips), crops=list(clips), truths=list(truths))
+    placed = {clip.index: clip for clip in place_clips(known, num_steps)}
+    step = step_at(0.5, 1.0, num_steps)
+    samples: list[Sample | None] = []
+    reasons = []
+    for number, (clip, truth) in enumerate(zip(clips, truths, strict=True)):
+        reason, make_truth = "", None
+        if truth is None:
+            reason = "no-truth"
+        elif truth.sounding is not None:
+            if number in placed:
+                boxes = placed[number].sounding * (SIZE / clip.crop_size)
+                make_truth = partial(_moving_truth, boxes)
+            else:
+                reason = "outside-crop"
+        reasons.append(reason)
+        samples.append(None if reason else Sample(sample_id=clip.video_id, truth=make_truth, step=step))
+    return samples, reasons
+
+
+def _moving_truth(boxes: np.ndarray) -> Tensor:
+    """g of a box at each step, (T', SIZE, SIZE); boxes: (T', 4) in pixels of the common size."""
+    return localisation.box_mask(boxes, SIZE).double()
