@@ -7,7 +7,7 @@ both ways with `load_state_dict(strict=True)`.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cmac.compute import ComputeConfig
 from cmac.norm import BatchNorm2d, BatchNorm3d, NormLayer, apply_norm, hold_statistics
+
+MidPlanes = Literal["per-block", "per-conv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,28 @@ class VideoEncoderConfig:
     """Residual blocks per stage. Every stage but the first halves T, H and W."""
     stem_width: int = 45
     """Channels between the stem's 1x7x7 and 3x1x1 convolutions."""
+    midplanes: MidPlanes = "per-block"
+    """Channels between the two parts of a (2+1)D convolution: `per-block`: computed once from the block's channels, as
+    torchvision and GDT have it. `per-conv`: from each convolution's own, as XDC has it (33,165,639 parameters)."""
+    norm_eps: float = 1e-5
+    """Added to the variance by batch norms; XDC's have 1e-3."""
+    norm_momentum: float = 0.1
+    """Share of a batch's statistics in the running ones; XDC's batch norms have 0.9."""
 
     def __post_init__(self) -> None:
         _check_stages("model.video", self.widths, self.blocks)
         if self.stem_width < 1:
             raise ValueError(f"model.video.stem_width is {self.stem_width}, expected at least 1")
+        if self.midplanes not in get_args(MidPlanes):
+            raise ValueError(
+                f"model.video.midplanes is {self.midplanes!r}, expected {' or '.join(get_args(MidPlanes))}"
+            )
+        if self.norm_eps <= 0:
+            raise ValueError(f"model.video.norm_eps is {self.norm_eps}, expected more than 0")
+        if not 0 < self.norm_momentum <= 1:
+            raise ValueError(
+                f"model.video.norm_momentum is {self.norm_momentum}, expected more than 0, up to 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,18 +208,19 @@ def _pad_channels(weight: Tensor, dim: int, padding: int) -> Tensor:
 
 
 class _VideoBlock(nn.Module):
-    """Residual block of two (2+1)D convolutions with one mid width for both, as torchvision and GDT have it."""
+    """Residual block of two (2+1)D convolutions."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, build: "_Builder") -> None:
         super().__init__()
-        mid = (27 * in_channels * out_channels) // (9 * in_channels + 3 * out_channels)
+        mid = mid_width(in_channels, out_channels)
+        second_mid = mid if build.midplanes == "per-block" else mid_width(out_channels, out_channels)
         self.conv1 = nn.Sequential(
             build.factored_conv(in_channels, mid, out_channels, stride),
             build.norm(out_channels),
             nn.ReLU(inplace=True),
         )
         self.conv2 = nn.Sequential(
-            build.factored_conv(out_channels, mid, out_channels, 1), build.norm(out_channels)
+            build.factored_conv(out_channels, second_mid, out_channels, 1), build.norm(out_channels)
         )
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
@@ -220,13 +240,29 @@ class _VideoBlock(nn.Module):
         return apply_norm(norm, conv(x), shortcut)
 
 
+def mid_width(in_channels: int, out_channels: int) -> int:
+    """Channels with which a (2+1)D convolution has about the parameters of a 3x3x3 one."""
+    return (27 * in_channels * out_channels) // (9 * in_channels + 3 * out_channels)
+
+
 @dataclass(frozen=True)
 class _Builder:
     """How the video encoder's layers are made."""
 
-    norm: NormLayer
+    config: VideoEncoderConfig
+    plain_norm: NormLayer
     conv: type[nn.Conv3d]
     pad_channels: bool
+
+    @property
+    def midplanes(self) -> MidPlanes:
+        return self.config.midplanes
+
+    def norm(self, channels: int) -> nn.Module:
+        """A batch norm as the configuration wants it."""
+        norm = self.plain_norm(channels)
+        norm.eps, norm.momentum = self.config.norm_eps, self.config.norm_momentum
+        return norm
 
     def factored_conv(
         self, in_channels: int, mid_channels: int, out_channels: int, stride: int
@@ -260,14 +296,14 @@ class R2Plus1D(nn.Module):
         super().__init__()
         compute = compute or ComputeConfig()
         conv = FactoredConv3d if compute.convolutions == "views" else nn.Conv3d
-        build = _Builder(norm, conv, compute.pad_channels)
+        build = _Builder(config, norm, conv, compute.pad_channels)
         self.out_channels = config.widths[-1]
         self.stem = nn.Sequential(
             conv(3, config.stem_width, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
-            norm(config.stem_width),
+            build.norm(config.stem_width),
             nn.ReLU(inplace=True),
             conv(config.stem_width, config.widths[0], (3, 1, 1), 1, (1, 0, 0), bias=False),
-            norm(config.widths[0]),
+            build.norm(config.widths[0]),
             nn.ReLU(inplace=True),
         )
         self._stem_padding = -config.stem_width % 8 if compute.pad_channels else 0

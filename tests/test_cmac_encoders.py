@@ -211,3 +211,30 @@ def test_compiling_and_checkpointing_exclude_each_other():
 def test_ways_to_compute_that_do_not_exist_are_refused(name):
     with pytest.raises(ValueError, match=f"compute.{name} is 'eraly', expected"):
         ComputeConfig(**{name: "eraly"})
+
+
+def test_per_conv_midplanes_are_xdcs_network():
+    config = VideoEncoderConfig(midplanes="per-conv", norm_eps=1e-3, norm_momentum=0.9)
+    with torch.device("meta"):
+        video = R2Plus1D(config)
+        assert video(torch.empty(1, 3, 8, 64, 64)).shape == (1, 512, 1, 4, 4)
+    assert count_parameters(video) == 33_165_639
+    mids = [video.get_submodule(f"layer{n}.0.conv{c}.0.0").out_channels for n in (2, 3, 4) for c in (1, 2)]
+    assert mids == [230, 288, 460, 576, 921, 1152]
+    norms = [module for module in video.modules() if isinstance(module, nn.BatchNorm3d)]
+    assert norms and {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.9)}
+
+
+def test_batch_norms_are_torchs_unless_asked_otherwise():
+    with torch.device("meta"):
+        video = R2Plus1D(VideoEncoderConfig())
+    norms = [module for module in video.modules() if isinstance(module, nn.BatchNorm3d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("midplanes", "per-layer"), ("norm_eps", 0.0), ("norm_momentum", 1.5)]
+)
+def test_shapes_and_norms_that_do_not_exist_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"model.video.{field} is .*{value}.*, expected"):
+        VideoEncoderConfig(**{field: value})
