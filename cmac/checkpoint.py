@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,9 +15,10 @@ FORMAT = 1
 """Layout of a checkpoint file; raised when a reader of the old one would misread the new one."""
 
 
-def save_checkpoint(folder: Path, step: int, config: RunConfig, state: dict, keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, config: Any, state: dict, keep: int) -> Path:
     """Write `folder/step_XXXXXXXX.pt` atomically and remove all but the newest `keep`. Returns its path.
 
+    config: a dataclass, of which JSON is kept.
     state: tensors, numbers, strings, lists and dictionaries only, so that `weights_only` loading takes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,18 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """All of a checkpoint, `config` as a RunConfig.
+    """All of a pretraining checkpoint, `config` as a RunConfig.
+
+    Raises:
+        ValueError: the file is no checkpoint of this project, or of another layout.
+    """
+    state = read_state(path, device)
+    state["config"] = config_from_dict(state["config"])
+    return state
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict:
+    """All of a checkpoint, `config` as a dictionary.
 
     Raises:
         ValueError: the file is no checkpoint of this project, or of another layout.
@@ -77,7 +90,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: format {found}, expected {FORMAT}; not of this version of cmac")
-    state["config"] = config_from_dict(json.loads(state["config"]))
+    state["config"] = json.loads(state["config"])
     return state
 
 

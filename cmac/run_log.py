@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from shards.manifest import write_atomically
+
+Row = dict[str, float | int | None]
+
+
+def pretraining_figures(row: Row) -> str:
+    """A row of pretraining in words."""
+    return (
+        f"loss {row['loss']:.3f} (contrastive {row['loss_contrastive']:.3f}, "
+        f"consistency {row['loss_consistency']:.4f}), {row['clips_per_second']:.1f} clips/s, "
+        f"waiting for data {row['data_wait_fraction']:.0%}, bad clips {row['bad_clips']}"
+    )
 
 
 class RunLog:
@@ -18,18 +30,29 @@ class RunLog:
         run_dir: the run's folder.
         total_steps: steps of the whole run.
         start_step: steps already done; rows beyond it, left by a run that was killed, are removed.
+        title: what the progress bar is called.
+        describe: a row in words.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, start_step: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        start_step: int,
+        *,
+        title: str = "pretraining",
+        describe: Callable[[Row], str] = pretraining_figures,
+    ) -> None:
         self.path = run_dir / "log.jsonl"
         self.total_steps = total_steps
+        self._describe = describe
         keep_rows_up_to(self.path, start_step)
         self._tensorboard = SummaryWriter(run_dir / "tb", purge_step=start_step + 1)
         console = Console(file=sys.stderr)
         self._progress = None
         if console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]pretraining"),
+                TextColumn(f"[bold]{title}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
@@ -44,18 +67,14 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def write(self, row: dict[str, float | int | None]) -> None:
+    def write(self, row: Row) -> None:
         """Append a row; `step` and `eta_seconds` are among its fields."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._tensorboard.add_scalar(name, value, row["step"])
-        figures = (
-            f"loss {row['loss']:.3f} (contrastive {row['loss_contrastive']:.3f}, "
-            f"consistency {row['loss_consistency']:.4f}), {row['clips_per_second']:.1f} clips/s, "
-            f"waiting for data {row['data_wait_fraction']:.0%}, bad clips {row['bad_clips']}"
-        )
+        figures = self._describe(row)
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], figures=figures)
         else:

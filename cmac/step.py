@@ -76,15 +76,9 @@ class TrainingStep:
         self._graph = _StepGraph(self._run, self.device) if self.compute.cuda_graph else None
 
     def _check(self, model: CMAC) -> None:
-        if self.precision not in _AUTOCAST:
-            raise ValueError(f"precision is {self.precision!r}, expected {' or '.join(_AUTOCAST)}")
+        check_device(self.device, self.precision)
         if model.config.batch_norm == "sync" and num_ranks() > 1 and self.device.type != "cuda":
             raise ValueError("model.batch_norm is 'sync', which needs CUDA; on CPU use 'shuffle' or 'local'")
-        if self.device.type == "cuda" and (torch.backends.cudnn.version() or 0) < LEAST_CUDNN:
-            raise ValueError(
-                f"cuDNN is {torch.backends.cudnn.version()}, expected at least {LEAST_CUDNN}: before, 3-D convolutions "
-                "in bf16 were wrong or several times slower; install the torch that setup.py names"
-            )
         if not self.compute.cuda_graph:
             return
         if self.device.type != "cuda" or num_ranks() > 1 or self.precision == "fp16":
@@ -136,7 +130,7 @@ class TrainingStep:
         second = None
         if "second_frames" in inputs:
             second = inputs["second_frames"], inputs["second_log_mel"]
-        with self._autocast():
+        with autocast(self.device, self.precision):
             output = self.forward(
                 inputs["frames"], inputs["log_mel"], inputs["video_ids"], inputs["valid"], shuffles, second
             )
@@ -150,15 +144,6 @@ class TrainingStep:
         self.model.enqueue(output)
         # Whoever keeps the loss is not to keep the graph behind it.
         return dataclasses.replace(output, loss=output.loss.detach())
-
-    def _autocast(self) -> AbstractContextManager:
-        # Each weight is used once in a step, so there is nothing to cache.
-        return torch.autocast(
-            self.device.type,
-            dtype=_AUTOCAST[self.precision],
-            enabled=self.precision != "fp32",
-            cache_enabled=False,
-        )
 
     def state_dict(self) -> dict:
         """Model with queues and key encoders, optimizer, loss scaler."""
@@ -242,6 +227,27 @@ class _StepGraph:
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self._run(static_inputs, static_shuffles)
         self._graph = graph
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
+    """What encoders compute in `precision` under; each weight is to be used once inside."""
+    return torch.autocast(
+        device.type,
+        dtype=_AUTOCAST[precision],
+        enabled=precision != "fp32",
+        cache_enabled=False,  # there is nothing to cache
+    )
+
+
+def check_device(device: torch.device, precision: Precision) -> None:
+    """Raises ValueError for a precision that there is not, or a cuDNN that must not be relied on."""
+    if precision not in _AUTOCAST:
+        raise ValueError(f"precision is {precision!r}, expected {' or '.join(_AUTOCAST)}")
+    if device.type == "cuda" and (torch.backends.cudnn.version() or 0) < LEAST_CUDNN:
+        raise ValueError(
+            f"cuDNN is {torch.backends.cudnn.version()}, expected at least {LEAST_CUDNN}: before, 3-D convolutions "
+            "in bf16 were wrong or several times slower; install the torch that setup.py names"
+        )
 
 
 def use_channels_last(model: CMAC) -> None:
