@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -225,7 +226,7 @@ def _read_chunks(store: Path) -> list[dict[str, Any]]:
             with np.load(path, allow_pickle=False) as file:
                 chunk = json.loads(file[_META].tobytes())
                 chunk["arrays"] = {name: file[name] for name in file.files if name != _META}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove {store} and run again") from error
         chunks.append(chunk)
     return chunks
