@@ -166,10 +166,35 @@ def demo(shards: str = "runs/demo/shards/train") -> RunConfig:
     )
 
 
+def demo_ablation(shards: str = "runs/reproduce/demo/shards/train") -> RunConfig:
+    """The demo cut down to two minutes of one core, for tables of many trainings (tools/reproduce.py --scale demo).
+
+    Command: python -m tools.reproduce --table 1 --scale demo
+    """
+    full = demo(shards)
+    return dataclasses.replace(
+        full,
+        run_dir="runs/demo-ablation",
+        max_steps=300,
+        cpu_threads=1,
+        log_every=25,
+        checkpoint_every=100,
+        keep_checkpoints=1,
+        loader=dataclasses.replace(
+            full.loader,
+            video=VideoConfig(num_frames=8, short_side=45, crop_size=40),
+            audio=AudioConfig(num_mel_bins=128, time_warp_steps=0, frequency_mask_bins=8),
+        ),
+        model=dataclasses.replace(full.model, momentum=0.98, queue_length=512),
+        optimizer=dataclasses.replace(full.optimizer, learning_rate=4e-3),
+    )
+
+
 PRESETS = {
     "pretrain-k400": pretrain_k400,
     "pretrain-k400-ablation": pretrain_k400_ablation,
     "demo": demo,
+    "demo-ablation": demo_ablation,
 }
 """Preset name -> function of the shards folder. The function's docstring is the preset's description."""
 
