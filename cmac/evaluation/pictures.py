@@ -19,6 +19,8 @@ COLORMAP = "inferno"
 color-blind readers."""
 SOUNDING_COLOR = (64, 224, 208)
 SILENT_COLOR = (255, 255, 255)
+UNSEEN_BRIGHTNESS = 0.35
+"""What of a picture the network was not given is dimmed to this."""
 
 
 @cache
@@ -35,7 +37,11 @@ def colorize(values: np.ndarray) -> np.ndarray:
 
 def stretch(values: np.ndarray) -> np.ndarray:
     """Values scaled to fill [0, 1]; a constant array becomes zeros. For pictures only, never figures."""
-    low, high = float(values.min()), float(values.max())
+    return stretch_between(values, float(values.min()), float(values.max()))
+
+
+def stretch_between(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values scaled so that low becomes 0 and high 1, float32; zeros where both are the same."""
     if high - low < 1e-9:
         return np.zeros_like(values, dtype=np.float32)
     return ((values - low) / (high - low)).astype(np.float32)
@@ -59,6 +65,60 @@ def overlay(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
     grey = (picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None] * 0.8
     alpha = 0.2 + 0.6 * values
     return ((1 - alpha) * grey + alpha * colorize(values[..., 0])).round().astype(np.uint8)
+
+
+def place_map(
+    values: np.ndarray, window: tuple[float, float, float, float], flip: bool, width: int, height: int
+) -> np.ndarray:
+    """A map of the square that the network was given, on the pixels of the whole picture.
+
+    Args:
+        values: (H', W').
+        window: (x, y, width, height) of the square in pixels of the picture, whole or not.
+        flip: the square was mirrored left to right before the network saw it; the map is mirrored back.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+
+    Returns:
+        float32 (height, width), bilinear as in `resize_map`; NaN where the network did not look.
+    """
+    values = values[:, ::-1] if flip else values
+    x, y, across, down = window
+    rows, is_row_seen = _bilinear_weights(values.shape[0], y, down, height)
+    columns, is_column_seen = _bilinear_weights(values.shape[1], x, across, width)
+    placed = (rows @ values @ columns.T).astype(np.float32)  # (height, width)
+    placed[~(is_row_seen[:, None] & is_column_seen)] = np.nan
+    return placed
+
+
+def _bilinear_weights(
+    num_cells: int, start: float, length: float, num_pixels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """((num_pixels, num_cells), bool (num_pixels,)): each pixel's share of the cells that lie evenly between start
+    and start + length, and whether its middle lies there."""
+    inside = (np.arange(num_pixels) + 0.5 - start) / length
+    position = np.clip(inside * num_cells - 0.5, 0, num_cells - 1)
+    below = np.floor(position).astype(int)
+    weights = np.zeros((num_pixels, num_cells))
+    np.add.at(weights, (np.arange(num_pixels), below), 1 - (position - below))
+    np.add.at(weights, (np.arange(num_pixels), np.minimum(below + 1, num_cells - 1)), position - below)
+    return weights, (inside >= 0) & (inside < 1)
+
+
+def overlay_seen(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """As `overlay`, for a map as `place_map` gives it: where it is NaN the picture is dark and in its colors.
+
+    picture: uint8 (H, W, 3); values: (H, W) in [0, 1] or NaN. Returns uint8 (H, W, 3).
+    """
+    dimmed = (np.arange(256) * UNSEEN_BRIGHTNESS).astype(np.uint8)[picture]
+    is_seen = np.isfinite(values)
+    rows, columns = np.flatnonzero(is_seen.any(axis=1)), np.flatnonzero(is_seen.any(axis=0))
+    if len(rows):
+        part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        seen = is_seen[part][..., None]
+        laid_over = overlay(picture[part], np.where(is_seen[part], values[part], 0))
+        dimmed[part] = np.where(seen, laid_over, dimmed[part])
+    return dimmed
 
 
 def crop_frames(frames: np.ndarray, crop: Crop, size: int) -> np.ndarray:
@@ -109,9 +169,20 @@ def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[int], dash: int = 5) -> Non
             draw.line((x, y, x, min(y + dash, y1)), fill=SILENT_COLOR)
 
 
-def log_mel_picture(log_mel: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The log-mel in grey, low frequencies at the bottom: (F, S) -> uint8 (height, width, 3)."""
+def log_mel_limits(log_mel: np.ndarray) -> tuple[float, float]:
+    """What of a log-mel is shown black and what white."""
     low, high = np.percentile(log_mel, [5, 99.5])
+    return float(low), float(high)
+
+
+def log_mel_picture(
+    log_mel: np.ndarray, width: int, height: int, limits: tuple[float, float] | None = None
+) -> np.ndarray:
+    """The log-mel in grey, low frequencies at the bottom: (F, S) -> uint8 (height, width, 3).
+
+    limits: what is black and what white; None: `log_mel_limits` of what is shown.
+    """
+    low, high = limits or log_mel_limits(log_mel)
     values = np.clip((log_mel - low) / max(high - low, 1e-6), 0, 1)
     grey = resize_map(values[::-1], width, height)
     return np.repeat((np.clip(grey, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
@@ -149,29 +220,43 @@ def data_uri(content: bytes, media_type: str) -> str:
 
 
 def compose_grid(
-    tiles: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], columns: Sequence[str]
+    tiles: Sequence[Sequence[np.ndarray]],
+    row_names: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
+    left: int = 110,
 ) -> np.ndarray:
     """One picture of all tiles with names at the left and above: uint8 (H, W, 3), white background.
 
-    tiles: rows of uint8 (height, width, 3), all tiles of a row of one size, all rows as long as `columns`.
+    Args:
+        tiles: rows of uint8 (height, width, 3), all tiles of a row of one size, all rows as long as `columns`.
+        row_names: may have several lines.
+        columns: may have two lines.
+        title: one line above everything; empty: none.
+        left: room for the names of the rows, pixels.
     """
     if not tiles or any(len(row) != len(columns) for row in tiles) or len(row_names) != len(tiles):
         raise ValueError(
             f"{len(tiles)} rows, {len(row_names)} names, {len(columns)} columns: expected a full grid"
         )
-    gap, left, top = 6, 110, 46
+    gap, top, title_height = 6, 46, 30 if title else 0
     font = ImageFont.load_default(size=14)
     width = left + sum(tile.shape[1] + gap for tile in tiles[0])
+    top += title_height
     height = top + sum(row[0].shape[0] + gap for row in tiles)
     image = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(image)
+    if title:
+        draw.text((6, 8), title, fill=(0, 0, 0), font=ImageFont.load_default(size=17))
     x = left
     for tile, name in zip(tiles[0], columns, strict=True):
-        draw.multiline_text((x + 2, 6), name, fill=(40, 40, 40), font=font)
+        draw.multiline_text((x + 2, 6 + title_height), name, fill=(40, 40, 40), font=font)
         x += tile.shape[1] + gap
     y = top
     for row, name in zip(tiles, row_names, strict=True):
-        draw.multiline_text((6, y + row[0].shape[0] / 2 - 10), name, fill=(40, 40, 40), font=font)
+        draw.multiline_text(
+            (6, y + row[0].shape[0] / 2 - 10 - 8 * name.count("\n")), name, fill=(40, 40, 40), font=font
+        )
         x = left
         for tile in row:
             image.paste(Image.fromarray(np.ascontiguousarray(tile)), (x, y))

@@ -1,16 +1,24 @@
 """A clip that plays with its sound: the picture, the guided map and the predicted map side by side."""
 
 import io
+import os
+from collections.abc import Iterable
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from PIL import Image, ImageDraw, ImageFont
 
 from cmac.evaluation.pictures import overlay, stretch
 
 STRIP = 28
 """Height of the names above the panels, pixels: under the pictures a player's controls would hide them."""
+AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000)
+"""Sample rates that AAC has, Hz."""
+AAC_FRAME = 1024
+"""Samples per block of AAC."""
 PANELS = ("picture", "guided by sound", "predicted from picture")
 
 
@@ -63,25 +71,85 @@ def encode_mp4(
         sample_rate: Hz.
         repeats: how often the whole is played; one second alone is over before one has looked.
     """
-    num_frames, height, width, _ = frames.shape
+    buffer = io.BytesIO()
+    repeated = (frame for _ in range(repeats) for frame in frames)
+    sound = np.tile(waveform[None], repeats)
+    with av.open(buffer, "w", format="mp4") as container:
+        _write_streams(container, repeated, frames.shape[2:0:-1], sound, fps, sample_rate, {"crf": "24"})
+    return buffer.getvalue()
+
+
+def write_mp4(
+    path: str | os.PathLike,
+    frames: Iterable[np.ndarray],
+    size: tuple[int, int],
+    sound: np.ndarray,
+    *,
+    fps: int,
+    sample_rate: int,
+    max_bits_per_second: int,
+) -> None:
+    """Writes an MP4 file (H.264 in yuv420p, AAC, index at the front) frame by frame, whole or not at all.
+
+    Args:
+        path: of the file, which is replaced.
+        frames: uint8 (H, W, 3) each.
+        size: (W, H), even.
+        sound: float32 (1 or 2, num_samples) in [-1, 1].
+        fps: frames per second.
+        sample_rate: Hz, one of `AAC_RATES`.
+        max_bits_per_second: of the picture, over any two seconds.
+    """
+    path = Path(path)
+    options = {
+        "crf": "22",
+        "maxrate": str(max_bits_per_second),
+        "bufsize": str(2 * max_bits_per_second),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # The index can be moved to the front only in a file with a name.
+        with av.open(f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            _write_streams(container, frames, size, sound, fps, sample_rate, options)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_streams(
+    container: OutputContainer,
+    frames: Iterable[np.ndarray],
+    size: tuple[int, int],
+    sound: np.ndarray,
+    fps: int,
+    sample_rate: int,
+    options: dict[str, str],
+) -> None:
+    """Encodes frames and the sound beside them, (1 or 2, num_samples); sound that is longer goes on to its end."""
+    width, height = size
     if height % 2 or width % 2:
         raise ValueError(f"frames are {width}x{height}, expected even sides (4:2:0)")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=fps, options={"crf": "24", "preset": "veryfast"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        audio = container.add_stream("aac", rate=sample_rate, layout="mono")
-        for index in range(repeats * num_frames):
-            picture = np.ascontiguousarray(frames[index % num_frames])
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, fps)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        samples = np.tile(np.clip(waveform, -1, 1).astype(np.float32), repeats)
-        for start in range(0, len(samples), 1024):
-            part = samples[None, start : start + 1024]
-            block = av.AudioFrame.from_ndarray(part, format="fltp", layout="mono")
-            block.sample_rate, block.pts, block.time_base = sample_rate, start, Fraction(1, sample_rate)
+    video = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", **options})
+    video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+    layout = ("mono", "stereo")[len(sound) - 1]
+    audio = container.add_stream("aac", rate=sample_rate, layout=layout)
+    sound = np.clip(sound, -1, 1).astype(np.float32)
+    sent = 0
+
+    def send_sound(until: int) -> None:
+        nonlocal sent
+        while sent < until:
+            part = np.ascontiguousarray(sound[:, sent : sent + AAC_FRAME])
+            block = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+            block.sample_rate, block.pts, block.time_base = sample_rate, sent, Fraction(1, sample_rate)
             container.mux(audio.encode(block))
-        container.mux(audio.encode(None))
-    return buffer.getvalue()
+            sent += part.shape[1]
+
+    for index, picture in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame.pts, frame.time_base = index, Fraction(1, fps)
+        container.mux(video.encode(frame))
+        send_sound(min(index * sample_rate // fps, sound.shape[1]))
+    container.mux(video.encode(None))
+    send_sound(sound.shape[1])
+    container.mux(audio.encode(None))
