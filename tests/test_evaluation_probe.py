@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from cmac.evaluation.probe import fit_linear_probe, mean_per_item
+from cmac.evaluation.probe import fit_linear_probe, mean_per_item, source_group
 
 
 def clusters(
@@ -186,3 +186,19 @@ def test_features_of_another_size_are_refused() -> None:
     probe = fit_linear_probe(train, labels, candidates=[1.0])
     with pytest.raises(ValueError, match="features have 5 dimensions, expected 6"):
         probe.scores(train[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("video_id", "label", "group"),
+    [
+        ("UCF-101/Punch/v_Punch_g08_c01.avi", "Punch", "Punch g08"),
+        ("UCF-101/Punch/v_Punch_g08_c07.avi", "Punch", "Punch g08"),
+        ("UCF-101/PushUps/v_PushUps_g08_c01.avi", "PushUps", "PushUps g08"),
+        ("hmdb51_org/wave/RATRACE_wave_f_nm_np1_fr_goo_37.avi", "wave", "RATRACE"),
+        ("hmdb51_org/shoot_bow/6arrows_shoot_bow_f_nm_np1_fr_med_3.avi", "shoot_bow", "6arrows"),
+        ("hmdb51_org/golf/Tips!!!_golf_golf_f_nm_np1_fr_med_0.avi", "golf", "Tips!!!_golf"),
+        ("other/film.mp4", None, "other/film.mp4"),
+    ],
+)
+def test_videos_cut_from_one_source_are_a_group(video_id: str, label: str | None, group: str) -> None:
+    assert source_group(video_id, label) == group

@@ -1,5 +1,6 @@
 """Linear classifiers on frozen features: fitted and chosen on training data alone."""
 
+import re
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,20 @@ def mean_per_item(
     sums = np.zeros((len(names), scores.shape[1]))
     np.add.at(sums, index, scores)
     return sums / np.bincount(index, minlength=len(names))[:, None], list(names), index
+
+
+def source_group(video_id: str, label: str | None) -> str:
+    """What an action video was cut from: UCF101's `v_Punch_g08_c01.avi` -> its class and g08, HMDB51's
+    `TITLE_punch_u_nm_np1_ba_med_23.avi` -> the title; any other file is a group of its own.
+
+    Videos of a group show the same people and place: they are not independent, nor may folds part them.
+    """
+    name = video_id.rpartition("/")[2]
+    if match := re.fullmatch(r"v_(\w+)_g(\d+)_c\d+\.\w+", name):
+        return f"{match[1]} g{match[2]}"
+    if label and (match := re.fullmatch(rf"(.+)_{re.escape(label)}_(?:[a-z0-9]+_){{5}}\d+\.\w+", name)):
+        return match[1]
+    return video_id
 
 
 def _scores(classifier: Classifier, distances: np.ndarray) -> np.ndarray:
