@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmac.config import VARIANTS
-from cmac.evaluation.paper import TABLES
+from cmac.evaluation.paper import LAMBDA, TABLES
 from cmac.evaluation.results import Metric, Result, append_result
 from tools import results as tool
 
@@ -102,7 +102,7 @@ def test_every_ablation_of_the_paper_has_a_variant_that_exists():
         for row in table.rows:
             assert (row.variant is not None) == row.ours, (table.name, row.key)
             assert row.variant in {None, "full", "scratch", *VARIANTS}
-    assert any(name.startswith(tool.LAMBDA) for name in VARIANTS)
+    assert any(name.startswith(LAMBDA) for name in VARIANTS)
 
 
 def test_our_row_stands_above_the_papers_with_figures_under_the_same_heads():
@@ -222,7 +222,9 @@ def test_ablations_stand_in_the_papers_order_with_its_settings_and_columns_for_w
     ]
     assert all(row["UCF101"] == "-" for row in ours)
     assert all(row["world R@1"] == "-" for row in main if "(paper)" in row["Method"])
-    assert "- single-modality, no-consistency: `python -m tools.reproduce" in section(page, "Table 1")
+    assert "- single-modality, no-consistency: `python -m tools.reproduce --table 1" in section(
+        page, "Table 1"
+    )
     figure = [
         a_result("ablation", "world", "test", ["R@1"], config={"variant": name}, checkpoint_digest=name)
         for name in ("lambda-2", "no-consistency")
@@ -255,6 +257,41 @@ def test_missing_columns_name_the_command_that_makes_them():
             assert table.task == "ablation" or (table.task, column.dataset) in tool.COMMANDS, name
     complete = [a_result(dataset=dataset) for dataset in ("ucf101", "hmdb51")]
     assert "Not measured" not in section(tool.render(complete), "Table 5")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*tool.COMMANDS.values(), *(tool.ablation_command(TABLES[name]) for name in ("1", "2", "3", "fig4"))],
+)
+def test_commands_that_are_suggested_exist_with_their_options(command):
+    python, dash_m, module, *arguments = command.split()
+    assert (python, dash_m) == ("python", "-m")
+    path = Path(__file__).resolve().parents[1] / (module.replace(".", "/") + ".py")
+    # Every option is one that the command or what it shares with the others declares, as a flag or a field.
+    source = (
+        path.read_text()
+        + path.with_name("common.py").read_text()
+        + (path.parents[1] / "cmac/finetune.py").read_text()
+    )
+    options = [argument for argument in arguments if argument.startswith("--")]
+    assert options
+    for option in options:
+        assert f'"{option}"' in source or re.search(rf"^    {option[2:]}: ", source, re.MULTILINE), option
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ({}, "-"),
+        ({"num_videos": 3, "skipped missing": 0}, "nothing skipped"),
+        ({"num_videos": 3, "num_clips": 30}, "nothing skipped, clips: 30"),
+        ({"num_clips": 30, "bad clips undecodable": 1}, "bad clips undecodable: 1, clips: 30"),
+        ({"num_clips": 30, "training skipped missing": 2}, "training skipped missing: 2, clips: 30"),
+    ],
+)
+def test_what_was_left_out_comes_first_and_nothing_is_claimed_of_what_was_not_counted(counts, shown):
+    (_, details) = tables(section(tool.render([a_result(counts=counts)]), "Table 5"))
+    assert details[0]["Skipped and other counts"] == shown
 
 
 # --- command ---

@@ -16,24 +16,37 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmac.evaluation.paper import TABLES, PaperTable
+from cmac.evaluation.paper import LAMBDA, TABLES, PaperTable
 from cmac.evaluation.results import Metric, Result, latest, read_results
 from shards.manifest import write_atomically
 
 DEFAULT_FILE = Path("runs/results.jsonl")
 TABLE_ORDER = ("4", "5", "6", "1", "2", "3", "fig4")
 NOTHING = "-"
-LAMBDA = "lambda-"
-"""Begins the names of `cmac.config.VARIANTS` that differ in the weight of the consistency loss."""
 
 COMMANDS = {
-    ("action-recognition", "ucf101"): "python -m tools.finetune CHECKPOINT --data UCF101 --split all",
-    ("action-recognition", "hmdb51"): "python -m tools.finetune CHECKPOINT --data HMDB51 --split all",
+    (
+        "action-recognition",
+        "ucf101",
+    ): "python -m tools.finetune finetune-ucf101 --checkpoint CHECKPOINT --data UCF101",
+    (
+        "action-recognition",
+        "hmdb51",
+    ): "python -m tools.finetune finetune-hmdb51 --checkpoint CHECKPOINT --data HMDB51",
     ("video-retrieval", "ucf101"): "python -m tools.retrieve CHECKPOINT --data UCF101",
     ("video-retrieval", "hmdb51"): "python -m tools.retrieve CHECKPOINT --data HMDB51",
-    ("audio-classification", "esc50"): "python -m tools.classify_audio CHECKPOINT --data ESC-50",
-    ("audio-classification", "dcase2013"): "python -m tools.classify_audio CHECKPOINT --data DCASE2013",
-    ("audio-classification", "dcase2014"): "python -m tools.classify_audio CHECKPOINT --data DCASE2014",
+    (
+        "audio-classification",
+        "esc50",
+    ): "python -m tools.classify_audio CHECKPOINT --dataset esc50 --data ESC-50",
+    (
+        "audio-classification",
+        "dcase2013",
+    ): "python -m tools.classify_audio CHECKPOINT --dataset dcase2013 --data DCASE",
+    (
+        "audio-classification",
+        "dcase2014",
+    ): "python -m tools.classify_audio CHECKPOINT --dataset dcase2014 --data DCASE",
 }
 """What makes the results of a paper table's columns, by task and dataset. Ablations: `ablation_command`."""
 
@@ -48,6 +61,7 @@ TEST_VIDEOS = {
     ("hmdb51", "1-3 mean"): 3 * 1530,
     ("esc50", "folds 1-5"): 2000,
     ("esc10", "folds 1-5"): 400,
+    ("dcase2013", "folds 1-5"): 100,
     ("dcase2014", "test"): 100,
     ("flickr-soundnet", "test"): 250,
 }
@@ -64,7 +78,7 @@ class Entry:
 
 def ablation_command(table: PaperTable) -> str:
     """What makes the results of an ablation table."""
-    return f"python -m tools.reproduce --table {table.name}"
+    return f"python -m tools.reproduce --table {table.name} --data FOLDER"
 
 
 def ablation_settings(result: Result, table: PaperTable) -> tuple[str, tuple[str, ...]] | None:
@@ -236,7 +250,8 @@ def _missing(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
     if table.task == "ablation":
         have = {entry.result.config["variant"] for entry in entries}
         lacking = [row.variant for row in table.rows if row.variant not in have]
-        return [f"{', '.join(lacking)}: `{ablation_command(table)}`"] if lacking else []
+        command = f"`{ablation_command(table)}`, or with `--scale demo` and no data in minutes"
+        return [f"{', '.join(lacking)}: {command}"] if lacking else []
     have = {entry.result.dataset for entry in entries}
     return [
         f"{dataset}, {_split(table.split_of(dataset))}: `{COMMANDS[table.task, dataset]}`"
@@ -306,12 +321,13 @@ def _is_part(result: Result) -> bool:
 
 def _counts(result: Result) -> str:
     """Everything that was counted besides the videos; what was left out comes first. Zeros are not shown."""
+    if not result.counts:
+        return NOTHING
     counts = {name: count for name, count in result.counts.items() if count and name != "num_videos"}
-    order = sorted(counts, key=lambda name: not name.startswith("skipped"))
-    shown = [f"{name.removeprefix('num_').replace('_', ' ')}: {counts[name]}" for name in order]
-    if not any(name.startswith("skipped") for name in counts):
-        shown.insert(0, "nothing skipped")
-    return ", ".join(shown)
+    left_out = [name for name in counts if re.search("skipped|bad clips", name)]
+    names = left_out + [name for name in counts if name not in left_out]
+    shown = [f"{name.removeprefix('num_').replace('_', ' ')}: {counts[name]}" for name in names]
+    return ", ".join(shown if left_out else ["nothing skipped", *shown])
 
 
 def _shared_chance(entries: Sequence[Entry], column: tuple[str, str]) -> float | None:

@@ -10,13 +10,11 @@ from typing import Any, Literal
 from cmac.config import VARIANTS
 from cmac.evaluation.intervals import mean_interval
 from cmac.evaluation.metrics import mean_over_splits
-from cmac.evaluation.paper import TABLES, PaperTable
+from cmac.evaluation.paper import LAMBDA, TABLES, PaperTable
 from cmac.evaluation.results import Metric
 
 FULL, SCRATCH = "full", "scratch"
 """Names of what is no variant: a preset as it is, and its network with fresh weights."""
-LAMBDA = "lambda-"
-"""How variants of the consistency weight start; the rest is the weight."""
 
 Verdict = Literal["holds", "reversed", "not distinguishable", "one seed", "not measured"]
 

@@ -7,6 +7,10 @@ Results of this project are never among them.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+LAMBDA = "lambda-"
+"""How the names of `cmac.config.VARIANTS` start that differ in the weight of the consistency loss; the rest is the
+weight. Fig. 4 is about them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaperColumn:
