@@ -107,7 +107,7 @@ def test_every_ablation_of_the_paper_has_a_variant_that_exists():
 
 def test_our_row_stands_above_the_papers_with_figures_under_the_same_heads():
     result = a_result(metrics=("R@1", "R@5", "R@10", "R@50"))
-    main, details = tables(section(tool.render([result]), "Table 5"))
+    main, figures, _ = tables(section(tool.render([result]), "Table 5"))
     assert main[0]["Method"] == "#1 `runs/k400`"
     assert [main[0][f"UCF101 R@{k}"] for k in (1, 5, 10)] == ["12.3"] * 3
     assert [main[0][f"HMDB51 R@{k}"] for k in (1, 5, 10)] == ["-"] * 3
@@ -117,35 +117,41 @@ def test_our_row_stands_above_the_papers_with_figures_under_the_same_heads():
     assert speednet["HMDB51 R@1"] == "-"
     assert all("(paper)" in row["Method"] for row in main[1:])
     # The metric that the paper does not have is in the details.
-    assert [row["Metric"] for row in details] == ["R@1", "R@5", "R@10", "R@50"]
+    assert [row["Metric"] for row in figures] == ["R@1", "R@5", "R@10", "R@50"]
 
 
 def test_details_hold_interval_chance_folds_weights_commit_and_skips():
     metric = Metric(value=0.5, interval=(0.401, 0.599), per_fold=(0.4, 0.6), chance=0.02)
     counts = {"num_videos": 400, "num_clips": 4000, "skipped too-short": 2, "skipped missing": 0}
     result = a_result("audio-classification", "esc50", "folds 1-5", {"top1": metric}, counts=counts)
-    main, details = tables(section(tool.render([result]), "Table 6"))
+    main, figures, sources = tables(section(tool.render([result]), "Table 6"))
     assert main[0]["ESC50"] == "50.0 [40.1, 59.9]"
     assert main[0]["Method"] == "#1 `runs/k400`, a part of the test videos"
     assert main[1] == {"Method": "chance", "ESC50": "2.0", "D2013": "-", "D2014": "-"}
-    (row,) = details
-    assert row == {
-        "#": "#1",
-        "Dataset": "esc50",
-        "Split": "folds 1-5",
-        "Protocol": "10x32f",
-        "Metric": "top1",
-        "Value": "50.0",
-        "Interval": "[40.1, 59.9]",
-        "Per fold": "40.0, 60.0",
-        "Chance": "2.0",
-        "Videos": "400 of 2000",
-        "Skipped and other counts": "skipped too-short: 2, clips: 4000",
-        "Weights": "`runs/k400`",
-        "Digest": "0123456789abcdef",
-        "Commit": "abc1234",
-        "Time": "2024-05-17T09:30:00+00:00",
-    }
+    assert figures == [
+        {
+            "#": "#1",
+            "Dataset": "esc50",
+            "Split": "folds 1-5",
+            "Protocol": "10x32f",
+            "Metric": "top1",
+            "Value": "50.0",
+            "Interval": "[40.1, 59.9]",
+            "Per fold": "40.0, 60.0",
+            "Chance": "2.0",
+        }
+    ]
+    assert sources == [
+        {
+            "#": "#1",
+            "Weights": "`runs/k400`",
+            "Digest": "0123456789abcdef",
+            "Commit": "abc1234",
+            "Time": "2024-05-17T09:30:00+00:00",
+            "Videos": "400 of 2000",
+            "Skipped, other counts": "skipped too-short: 2, clips: 4000",
+        }
+    ]
 
 
 def test_misprinted_figures_are_shown_as_printed_with_their_likely_reading():
@@ -168,6 +174,7 @@ def test_datasets_of_the_same_weights_share_a_row_and_other_weights_have_their_o
         "1-3 mean",
         ["top1"],
         0.02,
+        protocol="finetune-hmdb51",
         checkpoint="random",
         checkpoint_digest="ff",
     )
@@ -190,10 +197,15 @@ def test_several_protocols_of_the_same_weights_are_not_mixed():
         ("60.0",) * 2,
         ("70.0",) * 2,
     ]
+    assert [row["Method"] for row in main[:3]] == [
+        "#1 #2 `runs/k400` finetune",
+        "#3 #4 `runs/k400` finetune-gdt",
+        "#5 #6 `runs/k400` other",
+    ]
     # Protocols that differ in nothing but the dataset's name cannot share a row within a dataset.
     twins = [
         a_result("action-recognition", "ucf101", "1-3 mean", ["top1"], value, protocol=protocol)
-        for protocol, value in (("finetune-ucf101", 0.5), ("finetune-", 0.6))
+        for protocol, value in (("finetune-ucf101", 0.5), ("finetune", 0.6))
     ]
     main = tables(section(tool.render(twins), "Table 4"))[0]
     assert [row["UCF101"] for row in main[:2]] == ["50.0", "60.0"]
@@ -225,6 +237,15 @@ def test_ablations_stand_in_the_papers_order_with_its_settings_and_columns_for_w
     assert "- single-modality, no-consistency: `python -m tools.reproduce --table 1" in section(
         page, "Table 1"
     )
+    # One variant on two datasets is one row.
+    pair = [
+        a_result("ablation", dataset, "1", ["top1"], config={"variant": "full"}, checkpoint_digest=None)
+        for dataset in ("ucf101", "hmdb51")
+    ]
+    (row,) = (
+        row for row in tables(section(tool.render(pair), "Table 3"))[0] if row["Method"].startswith("#")
+    )
+    assert (row["w/i Neg"], row["UCF101"], row["HMDB51"]) == ("✓", "12.3", "12.3")
     figure = [
         a_result("ablation", "world", "test", ["R@1"], config={"variant": name}, checkpoint_digest=name)
         for name in ("lambda-2", "no-consistency")
@@ -290,8 +311,8 @@ def test_commands_that_are_suggested_exist_with_their_options(command):
     ],
 )
 def test_what_was_left_out_comes_first_and_nothing_is_claimed_of_what_was_not_counted(counts, shown):
-    (_, details) = tables(section(tool.render([a_result(counts=counts)]), "Table 5"))
-    assert details[0]["Skipped and other counts"] == shown
+    _, _, sources = tables(section(tool.render([a_result(counts=counts)]), "Table 5"))
+    assert sources[0]["Skipped, other counts"] == shown
 
 
 # --- command ---
@@ -341,8 +362,8 @@ def test_names_cannot_break_the_table_or_the_page(tmp_path, capsys):
     name = os.fsdecode(b"runs/a|b `c` \xff\nd")
     append_result(tmp_path / "r", a_result(checkpoint=name, protocol="p|q", counts={"skipped a|b\nc": 1}))
     printed = run(tmp_path / "r", "--markdown", tmp_path / "out.md", capsys=capsys)
-    main, details = tables(section(printed, "Table 5"))
+    main, figures, sources = tables(section(printed, "Table 5"))
     assert main[0]["Method"] == "#1 ``runs/a|b `c` ? d``"
-    assert details[0]["Protocol"] == "p|q"
-    assert details[0]["Skipped and other counts"] == "skipped a|b c: 1"
+    assert figures[0]["Protocol"] == "p|q"
+    assert sources[0]["Skipped, other counts"] == "skipped a|b c: 1"
     assert "?" in Path(tmp_path / "out.md").read_text(encoding="utf-8")

@@ -158,12 +158,15 @@ def _paper_section(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
         f"{dataset} {metric}" for dataset, metric in columns[len(known) :]
     ]
     lines = []
+    several_protocols = len({_protocol(entry.result) for entry in entries}) > 1
     for group in _rows_of_ours(table, entries):
         settings = ("",) * len(table.settings)
         name = " ".join(f"#{entry.number}" for entry in group) + " " + _code(group[0].result.checkpoint)
         ablation = ablation_settings(group[0].result, table)
         if ablation is not None:
             settings, name = ablation[1], f"{name} {ablation[0]}"
+        elif several_protocols:
+            name += " " + " / ".join(dict.fromkeys(_protocol(entry.result) for entry in group))
         if any(_is_part(entry.result) for entry in group):
             name += ", a part of the test videos"
         found = {
@@ -205,28 +208,23 @@ def _paper_section(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
 
 
 def _rows_of_ours(table: PaperTable, entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Results that share a row: those of the same weights, one per dataset.
+    """Results that share a row: those of the same weights (and variant), one per dataset.
 
     Where the weights have several protocols on one dataset, only results whose protocols are the same but for the
-    dataset's name share one.
+    dataset's name share one. Ablations come in the order of the paper's rows, what it has no row for last; others in
+    the order of their numbers.
     """
-    if table.task == "ablation":
-        # In the order of the paper's rows; what it has no row for comes last.
-        order = {row.variant: place for place, row in enumerate(table.rows)}
-        return [
-            [entry]
-            for entry in sorted(
-                entries,
-                key=lambda entry: (
-                    order.get(entry.result.config["variant"], len(order)),
-                    entry.result.config["variant"],
-                ),
-            )
-        ]
-    by_weights: dict[str, list[Entry]] = {}
+    order = {row.variant: place for place, row in enumerate(table.rows)}
+
+    def variant(entry: Entry) -> tuple[int, str]:
+        if table.task != "ablation":
+            return 0, ""
+        name = entry.result.config["variant"]
+        return order.get(name, len(order)), name
+
+    by_weights: dict[tuple, list[Entry]] = {}
     for entry in entries:
-        weights = entry.result.checkpoint_digest or f"no digest: {entry.result.checkpoint}"
-        by_weights.setdefault(weights, []).append(entry)
+        by_weights.setdefault((_weights(entry.result), variant(entry)), []).append(entry)
     rows = []
     for group in by_weights.values():
         if len({entry.result.dataset for entry in group}) == len(group):
@@ -234,7 +232,7 @@ def _rows_of_ours(table: PaperTable, entries: Sequence[Entry]) -> list[list[Entr
             continue
         by_protocol: dict[str, list[list[Entry]]] = {}
         for entry in group:
-            same = by_protocol.setdefault(entry.result.protocol.replace(entry.result.dataset, ""), [])
+            same = by_protocol.setdefault(_protocol(entry.result), [])
             for row in same:
                 if entry.result.dataset not in {other.result.dataset for other in row}:
                     row.append(entry)
@@ -242,7 +240,17 @@ def _rows_of_ours(table: PaperTable, entries: Sequence[Entry]) -> list[list[Entr
             else:
                 same.append([entry])
         rows += [row for same in by_protocol.values() for row in same]
-    return rows
+    return sorted(rows, key=lambda row: (variant(row[0]), row[0].number))
+
+
+def _weights(result: Result) -> str:
+    """What tells weights apart."""
+    return result.checkpoint_digest or f"no digest: {result.checkpoint}"
+
+
+def _protocol(result: Result) -> str:
+    """The protocol without the dataset's name."""
+    return re.sub(r"\W*" + re.escape(result.dataset), "", result.protocol).strip() or result.protocol
 
 
 def _missing(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
@@ -261,29 +269,12 @@ def _missing(table: PaperTable, entries: Sequence[Entry]) -> list[str]:
 
 
 def _details(entries: Sequence[Entry]) -> str:
-    """A line per metric of each result, with all that belongs to it."""
-    heads = [
-        "#",
-        "Dataset",
-        "Split",
-        "Protocol",
-        "Metric",
-        "Value",
-        "Interval",
-        "Per fold",
-        "Chance",
-        "Videos",
-        "Skipped and other counts",
-        "Weights",
-        "Digest",
-        "Commit",
-        "Time",
-    ]
-    lines = []
+    """Two tables: a line per figure, and a line per result with what it was measured with."""
+    figures, sources = [], []
     for entry in entries:
         result = entry.result
         for name, metric in result.metrics.items():
-            lines.append(
+            figures.append(
                 [
                     f"#{entry.number}",
                     result.dataset,
@@ -294,15 +285,28 @@ def _details(entries: Sequence[Entry]) -> str:
                     _interval(metric) or NOTHING,
                     NOTHING if metric.per_fold is None else ", ".join(_percent(v) for v in metric.per_fold),
                     NOTHING if metric.chance is None else _percent(metric.chance),
-                    _videos(result),
-                    _counts(result),
-                    _code(result.checkpoint),
-                    result.checkpoint_digest or NOTHING,
-                    result.commit,
-                    result.time,
                 ]
             )
-    return _markdown_table(heads, lines)
+        sources.append(
+            [
+                f"#{entry.number}",
+                _code(result.checkpoint),
+                result.checkpoint_digest or NOTHING,
+                result.commit,
+                result.time,
+                _videos(result),
+                _counts(result),
+            ]
+        )
+    heads = ["#", "Dataset", "Split", "Protocol", "Metric", "Value", "Interval", "Per fold", "Chance"]
+    return "\n\n".join(
+        [
+            _markdown_table(heads, figures),
+            _markdown_table(
+                ["#", "Weights", "Digest", "Commit", "Time", "Videos", "Skipped, other counts"], sources
+            ),
+        ]
+    )
 
 
 def _videos(result: Result) -> str:
