@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Literal
 
 from cmac.evaluation.ablations import (
     FULL,
@@ -45,7 +45,14 @@ from cmac.evaluation.ablations import (
     to_markdown,
 )
 from cmac.evaluation.paper import TABLES
-from cmac.evaluation.results import Metric, Result, append_result, read_results, stamp
+from cmac.evaluation.results import (
+    MEAN_OF_THREE_SPLITS,
+    Metric,
+    Result,
+    append_result,
+    read_results,
+    stamp,
+)
 from loaders.datasets import read_split
 from shards.manifest import read_manifest, write_atomically
 from shards.pool import usable_cores
@@ -388,6 +395,8 @@ def demo_measurements(
 class Evaluation:
     """One evaluation of a checkpoint on a dataset at the paper's scale."""
 
+    tool: Literal["finetune", "retrieve", "classify_audio"]
+    """Below `tools`."""
     dataset: str
     """As in `Result.dataset`."""
     folder: str
@@ -396,62 +405,59 @@ class Evaluation:
     """Of the result that counts, as in `Result.split`."""
     check: str
     """A split of the dataset that is looked for before anything starts."""
-    arguments: tuple[str, ...]
-    """Of the command, before the checkpoint and behind the tool's name."""
-    options: tuple[str, ...] = ()
-    """Behind the checkpoint."""
+    preset: str = ""
+    """Of tools.finetune."""
+
+    def arguments(self, checkpoint: str, seed: int, alone: bool) -> list[str]:
+        """Of `python`, but for folders. alone: without baselines beside the checkpoint, for tables of variants."""
+        tool = ["-m", f"tools.{self.tool}"]
+        if self.tool == "finetune":
+            splits = ["1"] if self.split == "1" else ["1", "2", "3"]
+            options = ["--checkpoint", checkpoint, "--splits", *splits, "--seed", str(seed)]
+            return [*tool, self.preset, *options]
+        options = [checkpoint, "--dataset", self.dataset, "--random-seed", str(seed)]
+        if self.tool == "retrieve":
+            options += ["--splits", self.split]
+        elif alone:
+            options += ["--random-networks", "0", "--no-log-mel"]
+        return [*tool, *options]
 
 
 ABLATION_EVALUATIONS = tuple(
     Evaluation(
+        tool="finetune",
         dataset=name,
         folder=name,
         split="1",
         check="1",
-        arguments=("tools.finetune", f"finetune-{name}-ablation"),
-        options=("--split", "1"),
+        preset=f"finetune-{name}-ablation",
     )
     for name in ("ucf101", "hmdb51")
-)
-AUDIO_EVALUATIONS = tuple(
-    Evaluation(
-        dataset=name,
-        folder=folder,
-        split=split,
-        check=check,
-        arguments=("tools.classify_audio",),
-        options=("--dataset", name),
-    )
-    for name, folder, split, check in (
-        ("esc50", "ESC-50", "folds 1-5", "1"),
-        ("dcase2013", "dcase", "folds 1-5", "1"),
-        ("dcase2014", "dcase", "test", "test"),
-    )
 )
 CHECKPOINT_EVALUATIONS = {
     "4": tuple(
         Evaluation(
+            tool="finetune",
             dataset=name,
             folder=name,
-            split="1-3 mean",
+            split=MEAN_OF_THREE_SPLITS,
             check="1",
-            arguments=("tools.finetune", f"finetune-{name}"),
-            options=("--split", "all"),
+            preset=f"finetune-{name}",
         )
         for name in ("ucf101", "hmdb51")
     ),
     "5": tuple(
-        Evaluation(
-            dataset=name,
-            folder=name,
-            split="1",
-            check="1",
-            arguments=("tools.retrieve",),
-            options=("--dataset", name, "--splits", "1"),
-        )
+        Evaluation(tool="retrieve", dataset=name, folder=name, split="1", check="1")
         for name in ("ucf101", "hmdb51")
     ),
-    "6": AUDIO_EVALUATIONS,
+    "6": tuple(
+        Evaluation(tool="classify_audio", dataset=name, folder=folder, split=split, check=check)
+        for name, folder, split, check in (
+            ("esc50", "ESC-50", "folds 1-5", "1"),
+            ("dcase2013", "dcase", "folds 1-5", "1"),
+            ("dcase2014", "dcase", "test", "test"),
+        )
+    ),
 }
 """What Tables 4 to 6 do to a checkpoint."""
 
@@ -482,13 +488,8 @@ def missing_inputs(data: Path, evaluations: Sequence[Evaluation], pretrain: bool
                 f"{evaluation.dataset}: {error}; put the dataset in its official layout (or a link to it) at {folder}"
             )
             continue
-        num_files = len(split.train) + len(split.test)
-        if len(split.missing) == num_files:
-            lines.append(
-                f"{evaluation.dataset}: {folder} has the lists, but none of their {num_files} files; unpack "
-                "the dataset there"
-            )
-        elif split.missing:
+        if split.missing:
+            num_files = len(split.train) + len(split.test)
             print(
                 f"note: {evaluation.dataset}: {len(split.missing)} of {num_files} listed files are missing below "
                 f"{folder}, such as {split.missing[0]}; the evaluation will leave them out and count them",
@@ -498,7 +499,16 @@ def missing_inputs(data: Path, evaluations: Sequence[Evaluation], pretrain: bool
 
 
 def evaluate_step(
-    args: argparse.Namespace, folder: Path, evaluation: Evaluation, checkpoint: str, name: str, **more: Any
+    args: argparse.Namespace,
+    folder: Path,
+    evaluation: Evaluation,
+    checkpoint: str,
+    name: str,
+    *,
+    variant: str,
+    seed: int = 0,
+    after: tuple[str, ...] = (),
+    alone: bool = True,
 ) -> Step:
     """The command that evaluates one checkpoint on one dataset, its result in a file of its own."""
     name = f"{evaluation.dataset}-{name}"
@@ -506,12 +516,13 @@ def evaluate_step(
     return Step(
         name=name,
         command=(
-            *(sys.executable, "-m", *evaluation.arguments, checkpoint, *evaluation.options),
+            *(sys.executable, *evaluation.arguments(checkpoint, seed, alone)),
             *("--data", relative(args.data / evaluation.folder)),
             *("--out", relative(folder / "evaluation" / name), "--results", relative(results)),
         ),
+        after=after,
         outputs=(results,),
-        **more,
+        variant=variant,
     )
 
 
@@ -522,7 +533,21 @@ def paper_steps(args: argparse.Namespace, variants: Sequence[str], folder: Path)
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc)
     for seed in range(args.seeds):
         for variant in variants:
-            name = f"{variant}-seed{seed}"
+            evaluations = evaluations_of(args.table)
+            if variant == SCRATCH and args.table in ABLATIONS:
+                steps += [
+                    evaluate_step(
+                        args,
+                        folder,
+                        evaluation,
+                        "scratch",
+                        f"{variant}-seed{seed}",
+                        variant=variant,
+                        seed=seed,
+                    )
+                    for evaluation in evaluations
+                ]
+                continue
             trained = (
                 FULL if variant == SCRATCH else variant
             )  # scratch: the full model's network, fresh weights
@@ -539,17 +564,20 @@ def paper_steps(args: argparse.Namespace, variants: Sequence[str], folder: Path)
             )
             if pretrain.name not in {step.name for step in steps}:
                 steps.append(pretrain)
-            checkpoint = relative(run)
-            options: tuple[str, ...] = ()
-            if variant == SCRATCH:
-                checkpoint, options = f"random:{checkpoint}", ("--random-seed", str(seed))
-            for evaluation in evaluations_of(args.table):
-                chosen = dataclasses.replace(evaluation, options=(*evaluation.options, *options))
-                steps.append(
-                    evaluate_step(
-                        args, folder, chosen, checkpoint, name, after=(pretrain.name,), variant=variant
-                    )
+            checkpoint = relative(run) if variant != SCRATCH else f"random:{relative(run)}"
+            steps += [
+                evaluate_step(
+                    args,
+                    folder,
+                    evaluation,
+                    checkpoint,
+                    f"{variant}-seed{seed}",
+                    variant=variant,
+                    seed=seed,
+                    after=(pretrain.name,),
                 )
+                for evaluation in evaluations
+            ]
     return steps
 
 
@@ -557,7 +585,7 @@ def checkpoint_steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     """Evaluations of the checkpoint that is given."""
     checkpoint = args.checkpoint if ":" in args.checkpoint else relative(Path(args.checkpoint))
     return [
-        evaluate_step(args, folder, evaluation, checkpoint, "checkpoint", variant=FULL)
+        evaluate_step(args, folder, evaluation, checkpoint, "checkpoint", variant=FULL, alone=False)
         for evaluation in evaluations_of(args.table)
     ]
 
