@@ -27,6 +27,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "tensorboard>=2.15",
         "tyro>=0.9",
         "webdataset>=0.2.100",
