@@ -151,7 +151,7 @@ def test_classes_of_their_own_color_are_found_and_what_was_left_out_is_counted(u
 
 
 def test_figures_are_those_of_the_stored_features(ucf: Path, run, tmp_path: Path) -> None:
-    results, _ = run("--data", ucf, "--clips", 2, "--ks", "1,2,4", "--random-seed", 3)
+    results, _ = run("--data", ucf, "--clips", 2, "--ks", 1, 2, 4, "--random-seed", 3)
     (chunk,) = (tmp_path / "a").rglob("chunk-*.npz")
     stored = np.load(chunk)
     names = np.array(json.loads(stored["__meta__"].tobytes())["video_ids"])
@@ -233,7 +233,7 @@ def test_all_splits_are_read_once_and_averaged(ucf: Path, run, tmp_path: Path) -
                 for group in sorted(groups)
             ]
             (lists / f"{part}list0{split}.txt").write_text("".join(lines))
-    results, said = run("--data", data, "--clips", 1, "--splits", "1,2,3", "--no-baseline-random")
+    results, said = run("--data", data, "--clips", 1, "--splits", 1, 2, 3, "--no-baseline-random")
     assert [result.split for result in results] == ["1", "2", "3", "1-3 mean"]
     assert "15 videos" in said
     assert [result.counts["num_videos"] for result in results] == [3, 3, 3, 9]

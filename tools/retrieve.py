@@ -444,7 +444,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--name", help="what results call a folder of videos (default: the folder's name)")
     parser.add_argument(
-        "--splits", default="1", help="of the dataset, such as 1 or 1,2,3 (default: 1, as in the paper)"
+        "--splits",
+        nargs="+",
+        default=["1"],
+        help="of the dataset, such as 1 2 3 (default: 1, as in the paper)",
     )
     parser.add_argument("--clips", type=int, default=10, help="uniform clips per video (default: 10)")
     parser.add_argument(
@@ -463,7 +466,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--per-clip", action="store_true", help="with --cross-modal: among clips instead of videos"
     )
     parser.add_argument(
-        "--ks", help="numbers of nearest entries (default: 1,5,10,20,50; 1,5,10 with --cross-modal)"
+        "--ks",
+        nargs="+",
+        type=int,
+        help="numbers of nearest entries (default: 1 5 10 20 50; 1 5 10 with --cross-modal)",
     )
     parser.add_argument(
         "--baseline-random",
@@ -475,9 +481,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-videos", type=int, help="at most so many videos for training and for test, for a quick look"
     )
     args = parser.parse_args(argv)
-    default = CROSS_MODAL_KS if args.cross_modal else CLASS_KS
-    args.ks = default if args.ks is None else _numbers(parser, "--ks", args.ks)
-    args.splits = tuple(str(number) for number in _numbers(parser, "--splits", args.splits))
+    args.ks = tuple(dict.fromkeys(args.ks or (CROSS_MODAL_KS if args.cross_modal else CLASS_KS)))
+    args.splits = tuple(dict.fromkeys(args.splits))
+    if min(args.ks) < 1:
+        parser.error(f"--ks has {min(args.ks)}, expected numbers of at least 1")
     if args.per_clip and not args.cross_modal:
         parser.error("--per-clip is for --cross-modal: by class, videos are compared")
     if args.per_clip and args.crops != 1:
@@ -487,14 +494,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.max_videos is not None and args.max_videos < 1:
         parser.error(f"--max-videos is {args.max_videos}, expected at least 1")
     return args
-
-
-def _numbers(parser: argparse.ArgumentParser, name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers of at least 1, separated by commas."""
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) >= 1 for part in parts):
-        parser.error(f"{name} is {text!r}, expected numbers of at least 1 such as 1,5,10")
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
