@@ -265,6 +265,44 @@ def test_intervals_hold_the_means_and_leave_out_samples_without_source():
     )
 
 
+def bilinear(values: np.ndarray, size: int) -> np.ndarray:
+    """What cv2.resize(..., INTER_LINEAR) does: pixel centers aligned, edges held."""
+    place = np.clip((np.arange(size) + 0.5) * len(values) / size - 0.5, 0, len(values) - 1)
+    low = np.minimum(np.floor(place).astype(int), len(values) - 2)
+    weight = place - low
+    rows = values[low] * (1 - weight)[:, None] + values[low + 1] * weight[:, None]
+    return rows[:, low] * (1 - weight) + rows[:, low + 1] * weight
+
+
+def test_figures_are_those_of_the_lvs_evaluation_spelled_out():
+    """Its arithmetic from the map to the two figures, on random maps and boxes."""
+    rng = np.random.default_rng(11)
+    samples, maps, ious = [], [], []
+    for number in range(25):
+        x0, y0 = rng.random(2) * 0.25
+        boxes = [(x0, y0, x0 + 0.7, y0 + 0.65), (x0, y0, x0 + 0.6, y0 + 0.7), (0.7, 0.7, 0.8, 0.9)]
+        values = rng.random((8, 8))
+        values[int(8 * y0) :, int(8 * x0) :][:5, :5] += rng.random()
+        prediction = bilinear(values, 224)
+        prediction = (prediction - prediction.min()) / (prediction.max() - prediction.min())
+        middle = np.sort(prediction.flatten())[int(224 * 224 / 2)]
+        selected = np.where(prediction > middle, 1.0, 0.0)
+        truth = np.zeros((224, 224))
+        for box in boxes:
+            left, top, right, bottom = (int(224 * edge) for edge in box)
+            truth[top:bottom, left:right] += 1
+        truth = np.minimum(truth / 2, 1)
+        ious.append((selected * truth).sum() / (truth.sum() + (selected * (truth == 0)).sum()))
+        samples.append(still_sample(str(number), figures.truth_map(boxes, 2)))
+        maps.append(torch.from_numpy(values)[None])
+    scored = figures.score_maps(samples, {"guided": torch.stack(maps)})["guided-slice"]
+    assert [score.iou for score in scored.scores] == pytest.approx(ious)
+    means = scored.figures()
+    assert means["cIoU@0.5"] == np.mean(np.array(ious) >= 0.5) and 0 < means["cIoU@0.5"] < 1
+    curve = [np.mean(np.array(ious) >= 0.05 * i) for i in range(21)]
+    assert means["AUC"] == pytest.approx(sum(0.05 * (a + b) / 2 for a, b in zip(curve, curve[1:])))
+
+
 # --- baselines ---
 
 
@@ -509,6 +547,9 @@ def test_vggss_boxes_are_clipped_and_those_without_area_counted(tmp_path):
     assert dict(found.skipped) == {"bbbbbbbbbbb_000020": "no-box", "ccccccccccc_000030": "bad-annotation"}
     assert (found.num_boxes, found.num_clipped_boxes, found.num_empty_boxes) == (5, 1, 2)
     dog, cow = found.annotations.values()
+    rows[0]["bbox"][0][2] = 0.51
+    path.write_text(json.dumps(rows))
+    assert sets.read_vggss_annotations(path).digest != found.digest
     assert dog.boxes == ((0.0, 0.25, 0.5, 0.75),) and dog.label == "dog" and dog.votes == 1
     assert figures.truth_map(cow.boxes, cow.votes).max() == 1.0  # a union, not a sum
     assert sets.read_vggss_annotations(path, ["eeeeeeeeeee_000001"]).skipped[0][1] == "no-annotation"

@@ -315,6 +315,20 @@ def test_vggss_videos_are_seen_at_their_middle(tmp_path, sees_white):
     assert guided.counts["skipped missing"] == 1 and guided.counts["skipped too-short"] == 1
 
 
+def test_published_boxes_and_videos_go_together(tmp_path, sees_white, real_data):
+    """Two of the real videos are in VGG-SS, under names with milliseconds."""
+    lists = real_data / "annotations_full"
+    results = run(
+        tmp_path, "--dataset", "vggss", "--data", real_data / "av_videos" / "vggsound",
+        "--annotations", lists / "vggss.json", "--list", lists / "vggss_test.csv", "--no-untrained",
+    )  # fmt: skip
+    guided, whole = results["guided-slice", "fake", "test"], results["whole-image", "none", "test"]
+    assert guided.counts["num_samples"] == 2
+    assert guided.counts["skipped missing"] == 5154 and guided.counts["skipped no-box"] == 2
+    assert whole.metrics["cIoU@0.5"].value == 1.0  # both fill most of the picture
+    assert 0 < guided.config["share of truth outside of what was seen"] < 0.4
+
+
 def save_run(folder: Path) -> Path:
     """A run folder with a random network of the demo's kind, for small pictures."""
     config = PRESETS["demo"]()
@@ -326,7 +340,7 @@ def save_run(folder: Path) -> Path:
     return folder
 
 
-def test_a_random_network_is_scored_beside_fresh_weights_and_asked_once(tmp_path, monkeypatch):
+def test_a_random_network_is_scored_beside_fresh_weights_and_asked_once(tmp_path, monkeypatch, capsys):
     checkpoint = save_run(tmp_path / "run")
     data = tmp_path / "flickr"
     write_pairs(data, BOXES)
@@ -358,8 +372,10 @@ def test_a_random_network_is_scored_beside_fresh_weights_and_asked_once(tmp_path
     ours, theirs = (each["guided-slice", source, "test"].metrics for each in (other, first))
     assert ours["pixel AP"] == theirs["pixel AP"] and ours["AUC"] != theirs["AUC"]
     assert read_results(tmp_path / "results.jsonl")[-1].protocol == "stills squash, 1s, half-range, random"
+    assert "trained" in capsys.readouterr().out
     alone = run(tmp_path, *arguments[:-2], "--limit", 2, checkpoint=f"random:{checkpoint}")
     assert {network for _, network, _ in alone} == {"random", "none"}
+    assert "trained" not in capsys.readouterr().out
     assert alone["guided-slice", "random", "test"].counts["num_samples"] == 2
 
 

@@ -56,7 +56,7 @@ from cmac.evaluation.truth import Truth, find_truth
 from cmac.evaluation.world import PARTS
 from cmac.weights import Encoders, weights_digest
 from loaders import Loader, build_loader
-from loaders.batch import ClipBatch
+from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig
 from loaders.listed import ClipSampling, ListedLoader, listed_config
 from loaders.localisation_sets import (
@@ -438,7 +438,7 @@ def localise(args: argparse.Namespace, console: Console) -> list[Result]:
     finally:
         reading.loader.close()
     found = join_samples(args, reading, features)
-    bad = [(reading.sample_ids.get(record.shard, record.shard), record.reason) for record in features.bad]
+    bad = [(bad_name(reading, record), record.reason) for record in features.bad]
     write_skipped(store / "skipped.tsv", [*found.skipped, *bad])
     lost = count_skipped(found.skipped, features.bad)
     if not any(sample.truth is not None for sample in found.samples):
@@ -450,6 +450,7 @@ def localise(args: argparse.Namespace, console: Console) -> list[Result]:
         }
         for network in networks
     }
+    say(f"scoring the maps of {len(found.samples):,} samples")
     all_rows = score_rows(args, found.samples, maps, steps=reading.annotations is None)
     protocol = protocol_name(args, reading)
     splits = {"test": list(range(len(found.samples)))}
@@ -482,6 +483,7 @@ def localise(args: argparse.Namespace, console: Console) -> list[Result]:
                 "draws": args.draws,
                 "video": dataclasses.asdict(networks[TRAINED].video_config),
                 "audio": dataclasses.asdict(networks[TRAINED].audio_config),
+                "annotations": None if reading.annotations is None else reading.annotations.digest,
                 "share of truth outside of what was seen": found.outside,
             },
             **stamp(time.monotonic() - began),
@@ -532,6 +534,13 @@ def make_results(
     return results
 
 
+def bad_name(reading: Reading, record: BadClipRecord) -> str:
+    """Sample id of a bad clip; of the generated world its shard and key."""
+    if reading.annotations is None:
+        return f"{record.shard}/{record.key}"
+    return reading.sample_ids.get(record.shard, record.shard)
+
+
 def write_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
     """Which samples were left out and why, a line each."""
     text = "".join(f"{name}\t{reason}\n" for name, reason in skipped)
@@ -556,7 +565,7 @@ def print_table(console: Console, title: str, rows: Sequence[Row], results: Sequ
             if metric is not None and metric.interval is not None and name in FIGURES[:2]:
                 text += f"\n[dim]{metric.interval[0]:.1%} .. {metric.interval[1]:.1%}[/]"
             cells.append(text)
-        network = "" if row.network == "none" else row.network
+        network = {"none": "", "random": RANDOM}.get(result.checkpoint, row.network)
         table.add_row(network, row.name, *cells)
     console.print(table)
 

@@ -401,7 +401,6 @@ def score_maps(
     samples: Sequence[Sample],
     maps: Mapping[str, Tensor],
     threshold: Threshold = "top-half",
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, ScoreList]:
     """Scores of each map's `slice` and `mean` (`moments`), by `NAME-slice` and `NAME-mean`.
 
@@ -409,7 +408,6 @@ def score_maps(
         samples: N of them.
         maps: by name (`guided` for s of Eq. (4), `predicted` for s-hat of Eq. (5), ...), (N, T', H', W') each.
         threshold: which pixels are selected.
-        progress: called with the number of samples that are done.
     """
     result: dict[str, ScoreList] = {}
     for number, sample in enumerate(samples):
@@ -418,8 +416,6 @@ def score_maps(
             for moment, still in moments(values[number], sample.step).items():
                 score = score_map(still, truth, threshold)
                 result.setdefault(f"{name}-{moment}", ScoreList()).scores.append(score)
-        if progress is not None:
-            progress(number + 1)
     return result
 
 
