@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,10 +61,19 @@ def overlay(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
     picture: uint8 (H, W, 3); values: (H', W') in [0, 1]. Returns uint8 (H, W, 3).
     """
     height, width = picture.shape[:2]
-    values = resize_map(values, width, height)[..., None]  # (H, W, 1)
-    grey = (picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None] * 0.8
-    alpha = 0.2 + 0.6 * values
-    return ((1 - alpha) * grey + alpha * colorize(values[..., 0])).round().astype(np.uint8)
+    if values.shape != (height, width):
+        values = resize_map(values, width, height)
+    levels = (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+    grey = np.asarray(Image.fromarray(np.ascontiguousarray(picture)).convert("L"), dtype=np.float32)
+    weight, color = _overlay_tables()
+    return ((weight[levels] * grey)[..., None] + color[levels]).astype(np.uint8)
+
+
+@cache
+def _overlay_tables() -> tuple[np.ndarray, np.ndarray]:
+    """(float32 (256,), float32 (256, 3)): for each level of a map, what the grey is weighted by and what is added."""
+    alpha = 0.2 + 0.6 * np.arange(256, dtype=np.float32) / 255
+    return (1 - alpha) * np.float32(0.8), alpha[:, None] * _color_table() + np.float32(0.5)
 
 
 def place_map(
@@ -91,6 +100,7 @@ def place_map(
     return placed
 
 
+@lru_cache(maxsize=64)
 def _bilinear_weights(
     num_cells: int, start: float, length: float, num_pixels: int
 ) -> tuple[np.ndarray, np.ndarray]:
