@@ -175,9 +175,9 @@ def test_a_map_that_is_the_box_scores_near_one_and_baselines_what_is_worked_out(
     assert len(random["AUC"].per_fold) == 5 and guided.metrics["AUC"].chance == random["AUC"].value
     assert random["AUC"].value < guided.metrics["AUC"].value
     assert guided.counts == {
-        "num_samples": 4,
-        "num_samples_with_visible_source": 4,
-        "num_samples_without_visible_source": 0,
+        "num_clips": 4,
+        "num_clips_with_visible_source": 4,
+        "num_clips_without_visible_source": 0,
         "num_videos": 4,
     }
     out = capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_what_is_missing_or_damaged_is_counted_and_named(tmp_path, sees_white, c
         "--list", tmp_path / "test.csv", "--no-untrained",
     )  # fmt: skip
     counts = results["guided-slice", "fake", "test"].counts
-    assert counts["num_samples"] == 4
+    assert counts["num_clips"] == 4
     assert {name: count for name, count in counts.items() if "skipped" in name or "bad" in name} == {
         "skipped no-annotation": 1,  # 500
         "skipped missing-image": 1,  # 800
@@ -231,7 +231,7 @@ def test_crop_cuts_boxes_with_the_picture_and_tells_what_is_lost(tmp_path, sees_
     guided = results["guided-slice", "fake", "test"]
     assert guided.protocol.startswith("stills crop, ")
     assert guided.metrics["cIoU@0.5"].value == 1.0 and guided.metrics["pointing"].value == 1.0
-    assert guided.counts["num_samples"] == 2 and guided.counts["skipped outside-crop"] == 1
+    assert guided.counts["num_clips"] == 2 and guided.counts["skipped outside-crop"] == 1
     lost = guided.config["share of truth outside of what was seen"]
     assert lost == pytest.approx((0 + 22 / 54 + 1) / 3, abs=0.02)
     assert f"{lost:.1%} of the ground truth lies outside" in capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_vggss_stills_and_pairs_without_source(tmp_path, sees_white):
     )  # fmt: skip
     guided = results["guided-slice", "fake", "test"]
     assert guided.protocol == "stills squash, 1s, top-half, extended, guided-slice"
-    assert guided.counts["num_samples_without_visible_source"] == 1 and guided.counts["num_samples"] == 5
+    assert guided.counts["num_clips_without_visible_source"] == 1 and guided.counts["num_clips"] == 5
     assert guided.metrics["detection AP"].value == 1.0 and guided.metrics["detection max-F1"].value == 1.0
     assert results["predicted-slice", "fake", "test"].metrics["detection max-F1"].value == 0.0
     assert guided.metrics["cIoU@0.5"].value == 1.0
@@ -311,7 +311,7 @@ def test_vggss_videos_are_seen_at_their_middle(tmp_path, sees_white):
     guided = results["guided-slice", "fake", "test"]
     assert guided.protocol == "videos, 1s, top-half, guided-slice"
     assert guided.metrics["cIoU@0.5"].value == 1.0 and guided.metrics["pixel AP"].value > 0.9
-    assert guided.counts["num_samples"] == 2
+    assert guided.counts["num_clips"] == 2
     assert guided.counts["skipped missing"] == 1 and guided.counts["skipped too-short"] == 1
 
 
@@ -323,7 +323,7 @@ def test_published_boxes_and_videos_go_together(tmp_path, sees_white, real_data)
         "--annotations", lists / "vggss.json", "--list", lists / "vggss_test.csv", "--no-untrained",
     )  # fmt: skip
     guided, whole = results["guided-slice", "fake", "test"], results["whole-image", "none", "test"]
-    assert guided.counts["num_samples"] == 2
+    assert guided.counts["num_clips"] == 2
     assert guided.counts["skipped missing"] == 5154 and guided.counts["skipped no-box"] == 2
     assert whole.metrics["cIoU@0.5"].value == 1.0  # both fill most of the picture
     assert 0 < guided.config["share of truth outside of what was seen"] < 0.4
@@ -357,6 +357,7 @@ def test_a_random_network_is_scored_beside_fresh_weights_and_asked_once(tmp_path
     }
     trained, fresh = first["guided-slice", source, "test"], first["guided-slice", "random", "test"]
     assert trained.checkpoint_digest != fresh.checkpoint_digest and fresh.checkpoint_digest is not None
+    assert fresh.config["weights"] != trained.config["weights"] == source
     assert trained.metrics["pixel AP"].value != fresh.metrics["pixel AP"].value
 
     def refuse(*_):
@@ -376,7 +377,7 @@ def test_a_random_network_is_scored_beside_fresh_weights_and_asked_once(tmp_path
     alone = run(tmp_path, *arguments[:-2], "--limit", 2, checkpoint=f"random:{checkpoint}")
     assert {network for _, network, _ in alone} == {"random", "none"}
     assert "trained" not in capsys.readouterr().out
-    assert alone["guided-slice", "random", "test"].counts["num_samples"] == 2
+    assert alone["guided-slice", "random", "test"].counts["num_clips"] == 2
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, sees_white, monkeypatch):
@@ -457,9 +458,9 @@ def test_generated_world_is_scored_by_part_and_step_by_step(small_world, tmp_pat
     )
     counts = results["center", "none", "test"].counts
     # Two of eight videos have no visible source, two seconds of each video are read.
-    assert counts["num_samples_without_visible_source"] == 4
-    assert counts["num_samples"] + counts.get("skipped outside-crop", 0) == 16
-    assert easy.counts["num_samples_without_visible_source"] == 2
+    assert counts["num_clips_without_visible_source"] == 4
+    assert counts["num_clips"] + counts.get("skipped outside-crop", 0) == 16
+    assert easy.counts["num_clips_without_visible_source"] == 2
     assert "detection AP" in results["whole-image", "none", "test"].metrics
     # Objects are small: a constant map's average precision over pixels and steps is their share.
     steps = results["whole-image-steps", "none", "test"].metrics

@@ -466,9 +466,9 @@ def localise(args: argparse.Namespace, console: Console) -> list[Result]:
             continue
         rows = [row.of_samples(chosen) for row in all_rows]
         counts = {
-            "num_samples": len(samples),
-            "num_samples_with_visible_source": visible,
-            "num_samples_without_visible_source": len(samples) - visible,
+            "num_clips": len(samples),
+            "num_clips_with_visible_source": visible,
+            "num_clips_without_visible_source": len(samples) - visible,
             "num_videos": len({sample.sample_id for sample in samples}),
             **lost,
         }
@@ -512,6 +512,7 @@ def make_results(
     groups: Sequence[str],
     *,
     protocol: str,
+    config: dict,
     **fields,
 ) -> dict[tuple[str, str], Result]:
     """A Result for each line, by `row_key`. What noise scores is the chance of the others."""
@@ -526,6 +527,7 @@ def make_results(
         results[row_key(row)] = Result(
             task="localisation",
             protocol=f"{protocol}, {row.name}",
+            config=config if encoders is None else {**config, "weights": encoders.source},
             checkpoint=checkpoint,
             checkpoint_digest=None if encoders is None else encoders.digest,
             metrics=row.metrics(groups, {name: metric.value for name, metric in chance.items()}, args.seed),
