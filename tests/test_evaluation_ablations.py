@@ -5,9 +5,12 @@ import json
 import math
 
 import pytest
+import torch
 
 import train
+from cmac.checkpoint import build_model
 from cmac.config import PRESETS, VARIANTS, apply_variant
+from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.evaluation.ablations import (
     FULL,
     SCRATCH,
@@ -24,6 +27,7 @@ from cmac.evaluation.ablations import (
 )
 from cmac.evaluation.paper import TABLES
 from cmac.evaluation.results import Metric
+from cmac.step import TrainingStep
 
 ABLATIONS = ("1", "2", "3", "fig4")
 
@@ -95,6 +99,48 @@ def test_a_wrong_variant_is_explained(arguments, message):
         train.parse([arguments])
     with pytest.raises(ValueError, match="is no variant, expected one of single-modality"):
         apply_variant(PRESETS["demo"](), "nothing")
+
+
+@pytest.mark.parametrize("name", [FULL, *VARIANTS])
+def test_every_variant_trains(name):
+    """Two steps of a small network: encoders change, and what the variant takes out of training does not."""
+    config = PRESETS["demo-ablation"]() if name == FULL else apply_variant(PRESETS["demo-ablation"](), name)
+    model = dataclasses.replace(
+        config.model,
+        video=VideoEncoderConfig(widths=(4, 8), blocks=(1, 1), stem_width=4),
+        audio=AudioEncoderConfig(widths=(4, 8), blocks=(1, 1)),
+        filter_channels=8,
+        embedding_dim=8,
+        queue_length=16,
+        batch_norm_group=2,
+    )
+    torch.manual_seed(0)
+    trainer = TrainingStep(
+        build_model(dataclasses.replace(config, model=model)),
+        config.optimizer,
+        device=torch.device("cpu"),
+        precision="fp32",
+        channels_last=True,
+    )
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    ids, valid = torch.arange(4), torch.ones(4, dtype=torch.bool)
+    for step in range(2):
+        frames = torch.randint(0, 256, (2, 4, 3, 4, 16, 16), dtype=torch.uint8)
+        log_mel = torch.randn(2, 4, 1, 32, 33)
+        output = trainer(
+            frames[0], log_mel[0], ids, valid, learning_rate=1e-2, shuffle_seed=step,
+            second=(frames[1], log_mel[1]) if config.loader.clips_per_video == 2 else None,
+        )  # fmt: skip
+        ids = ids + 4
+        assert torch.isfinite(output.loss)
+    changed = {
+        key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert {"video.encoder.stem.0.weight", "audio.encoder.conv1.weight"} <= changed
+    assert any(key.startswith("saliency_v") for key in changed) == (config.loss.consistency_weight > 0)
+    assert any(key.startswith("heads") for key in changed) == config.loss.contrastive
+    assert (output.consistency > 0) == (config.loss.consistency_weight > 0)
+    assert (output.contrastive > 0) == config.loss.contrastive
 
 
 # --- the paper's order ---

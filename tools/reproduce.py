@@ -146,6 +146,12 @@ class Runner:
             return False
         return record.get("command") == list(step.command) and all(path.exists() for path in step.outputs)
 
+    def seconds(self, step: Step) -> float:
+        """How long a finished step took; 0 for others."""
+        if not self.is_finished(step):
+            return 0.0
+        return json.loads((self.folder / "steps" / f"{step.name}.json").read_bytes())["seconds"]
+
     def run(self, steps: Sequence[Step]) -> dict[str, str]:
         """Runs what is not finished. Returns {name: why} of the steps that failed or could not start for it.
 
@@ -652,12 +658,10 @@ def failures_by_variant(
     return {variant: "\n".join(found[variant]) for variant in variants if variant in found}
 
 
-def append_ablations(
-    table: AblationTable, steps: Sequence[Step], ran: set[str], path: Path, folder: Path
-) -> None:
+def append_ablations(table: AblationTable, steps: Sequence[Step], runner: Runner, path: Path) -> None:
     """A line per variant and dataset for the file of results, of those that something was done for now."""
-    changed = {step.variant for step in steps if step.name in ran}
-    everything = {step.name for step in steps if step.variant is None} & ran
+    changed = {step.variant for step in steps if step.name in runner.ran}
+    everything = any(step.variant is None and step.name in runner.ran for step in steps)
     for variant, metrics in summarize(table.measured).items():
         if variant in table.failed or not (variant in changed or everything):
             continue
@@ -680,11 +684,11 @@ def append_ablations(
                     protocol=f"{table.scale} scale, {variant}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}",
                     checkpoint="random"
                     if variant == SCRATCH
-                    else relative(folder / "runs" / variant) + "-seed*",
+                    else relative(runner.folder / "runs" / variant) + "-seed*",
                     checkpoint_digest=None,
                     config={"variant": variant, "table": table.table, "scale": table.scale, "seeds": seeds},
                     metrics=found,
-                    **stamp(0.0),
+                    **stamp(sum(runner.seconds(step) for step in steps if step.variant == variant)),
                 ),
             )
 
@@ -702,7 +706,7 @@ def write_table(table: AblationTable, folder: Path) -> Path:
 def table_notes(args: argparse.Namespace) -> tuple[str, ...]:
     """What the table says about how it was made."""
     origin = stamp(0.0)
-    shared = f"Commit {origin['commit']}, {origin['hardware']}, {origin['time']}."
+    shared = f"`{args.command}` at commit {origin['commit']}, {origin['hardware']}, {origin['time']}."
     if args.scale == "demo":
         return (
             shared,
@@ -784,7 +788,7 @@ def reproduce(args: argparse.Namespace) -> int:
         else:
             table = ablation_table(args, steps, runner, failed, variants)
             page = write_table(table, folder)
-            append_ablations(table, steps, runner.ran, args.results, folder)
+            append_ablations(table, steps, runner, args.results)
     print(f"\n{page.read_text()}")
     counts = Counter("failed" if step.name in failed else "finished" for step in steps)
     done = ", ".join(f"{number} steps {what}" for what, number in counts.items())
@@ -866,6 +870,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     elif args.checkpoint is not None:
         parser.error("--checkpoint is for --scale paper; the demo trains what it evaluates")
     args.out, args.results = args.out.expanduser(), args.results.expanduser()
+    args.command = shlex.join(["python", "-m", "tools.reproduce", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
