@@ -45,6 +45,8 @@ class Features:
     """float64 (N,): where the clips start in their videos."""
     bad: list[BadClipRecord]
     """Clips that could not be used; they have no row."""
+    seconds: float
+    """How long they took to be read and computed, over all starts."""
 
     @property
     def num_clips(self) -> int:
@@ -153,7 +155,11 @@ def _extract(
 
     def save(step: int) -> None:
         nonlocal parts, saved
-        chunk = {**_join_parts(parts), "state": loader.state_dict()}
+        chunk = {
+            **_join_parts(parts),
+            "state": loader.state_dict(),
+            "seconds": time.monotonic() - saved,
+        }
         _write_chunk(store / f"chunk-{len(chunks):06d}.npz", chunk)
         chunks.append(chunk)
         parts, saved = [], time.monotonic()
@@ -207,6 +213,7 @@ def _join(chunks: Sequence[dict[str, Any]]) -> Features:
         slots=np.array(joined["slots"], dtype=np.int64),
         start_seconds=np.array(joined["start_seconds"], dtype=np.float64),
         bad=[BadClipRecord(**record) for record in joined["bad"]],
+        seconds=sum(chunk["seconds"] for chunk in chunks),
     )
 
 
