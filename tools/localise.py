@@ -292,6 +292,7 @@ def join_features(parts: Sequence[Features]) -> Features:
         slots=np.concatenate([part.slots for part in parts]),
         start_seconds=np.concatenate([part.start_seconds for part in parts]),
         bad=[record for part in parts for record in part.bad],
+        seconds=sum(part.seconds for part in parts),
     )
 
 
