@@ -293,7 +293,8 @@ def test_one_failed_variant_does_not_lose_the_others(tmp_path, monkeypatch, caps
     def steps(args, variants, folder):
         planned = [python("world", "pass")]
         for seed in range(args.seeds):
-            for number, variant in enumerate(variants):
+            for variant in variants:
+                number = [row.variant for row in TABLES["1"].rows].index(variant)
                 path = folder / "figures" / f"{variant}-{seed}.json"
                 figure = {"value": 0.1 + 0.1 * number + 0.01 * seed, "chance": 0.0625}
                 code = f"import pathlib; p = pathlib.Path({str(path)!r}); p.parent.mkdir(exist_ok=True); p.write_text("
@@ -328,6 +329,10 @@ def test_one_failed_variant_does_not_lose_the_others(tmp_path, monkeypatch, caps
     assert [row["seeds"] for row in record["rows"]] == [[0, 1]] * 5
     lines = read_results(tmp_path / "results.jsonl")
     assert len(lines) == 5 and len({result.config["variant"] for result in lines}) == 5
+
+    assert reproduce.main([*arguments, "--only", FULL]) == 0  # does not forget the others
+    assert (tmp_path / "demo/table1.md").read_text().count("not measured") == 0
+    assert read_results(tmp_path / "results.jsonl") == lines
 
 
 def test_results_of_paper_scale_are_read_from_what_evaluations_wrote(tmp_path, monkeypatch, capsys):

@@ -164,6 +164,7 @@ class Runner:
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             while waiting or running:
+                before = len(waiting)
                 for step in list(waiting):
                     broken = [name for name in step.after if name in failed]
                     if broken:
@@ -178,6 +179,7 @@ class Runner:
                             self._forget(step, steps)
                             running[step.name] = (step, self._start(step), time.monotonic())
                 if not running:
+                    assert len(waiting) < before, f"nothing can start: {[step.name for step in waiting]}"
                     continue
                 _sleep_until_one_ends([process for _, process, _ in running.values()])
                 for name, (step, process, started) in list(running.items()):
@@ -289,13 +291,12 @@ def scale_name(args: argparse.Namespace) -> str:
     return "-".join([args.scale, *(str(size) for size in sizes if size is not None)])
 
 
-def select_variants(table: AblationTable, only: Sequence[str]) -> list[str]:
-    """Variants to work on, in the table's order. Raises Failed for one that it does not have."""
-    have = list(dict.fromkeys(row.variant for row in table.rows()))
-    unknown = [name for name in only if name not in have]
+def select_variants(table: str, rows: Sequence[str], only: Sequence[str]) -> list[str]:
+    """The rows to work on, in the table's order. Raises Failed for one that it does not have."""
+    unknown = [name for name in only if name not in rows]
     if unknown:
-        raise Failed(f"table {table.table} has no variant {unknown[0]!r}, expected one of {', '.join(have)}")
-    return [name for name in have if name in only] if only else have
+        raise Failed(f"table {table} has no variant {unknown[0]!r}, expected one of {', '.join(rows)}")
+    return [name for name in rows if name in only] if only else list(rows)
 
 
 # --- demo scale ---
@@ -763,10 +764,10 @@ def reproduce(args: argparse.Namespace) -> int:
     """
     folder = args.out.absolute() / scale_name(args)
     single = args.scale == "paper" and args.checkpoint is not None
-    variants = [FULL] if single else select_variants(ablation_table(args), args.only)
-    if args.scale == "demo":
-        steps = demo_steps(args, variants, folder)
-    else:
+    plan = demo_steps if args.scale == "demo" else paper_steps
+    rows = [FULL] if single else list(dict.fromkeys(row.variant for row in ablation_table(args).rows()))
+    variants = select_variants(args.table, rows, args.only)
+    if args.scale == "paper":
         missing = missing_inputs(args.data, evaluations_of(args.table), pretrain=not single)
         if missing and not args.dry_run:
             raise Failed(
@@ -774,7 +775,7 @@ def reproduce(args: argparse.Namespace) -> int:
             )
         for line in missing:
             print(f"missing: {line}", flush=True)
-        steps = checkpoint_steps(args, folder) if single else paper_steps(args, variants, folder)
+    steps = checkpoint_steps(args, folder) if single else plan(args, variants, folder)
     if args.dry_run:
         for step in steps:
             print(f"# {step.name}\n{step.shown()}")
@@ -786,7 +787,8 @@ def reproduce(args: argparse.Namespace) -> int:
         if single:
             page = write_checkpoint_table(args, steps, runner, failed, folder)
         else:
-            table = ablation_table(args, steps, runner, failed, variants)
+            # What was left out now may have been finished earlier.
+            table = ablation_table(args, plan(args, rows, folder), runner, failed, rows)
             page = write_table(table, folder)
             append_ablations(table, steps, runner, args.results)
     print(f"\n{page.read_text()}")
