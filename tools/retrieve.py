@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -218,7 +217,7 @@ def make_results(
 
 
 def class_results(
-    args: argparse.Namespace, extracted: Extracted, split: ClassificationSplit, protocol: str, seconds: float
+    args: argparse.Namespace, extracted: Extracted, split: ClassificationSplit, protocol: str
 ) -> dict[str, Result]:
     """The Result of each network on one split (paper section 4.2, Table 5)."""
     features = extracted.features
@@ -263,7 +262,7 @@ def class_results(
         split=split.split,
         protocol=protocol,
         counts=counts,
-        **stamp(seconds),
+        **stamp(extracted.features.seconds),
     )
 
 
@@ -274,7 +273,6 @@ def cross_modal_results(
     dataset: str,
     split: str,
     protocol: str,
-    seconds: float,
 ) -> dict[str, Result]:
     """The Result of each network over all videos that have picture and sound."""
     features = extracted.features
@@ -305,7 +303,7 @@ def cross_modal_results(
         split=split,
         protocol=protocol,
         counts=counts,
-        **stamp(seconds),
+        **stamp(extracted.features.seconds),
     )
 
 
@@ -330,7 +328,6 @@ def choose_dataset(args: argparse.Namespace) -> str | None:
 
 def retrieve_classes(args: argparse.Namespace, console: Console, dataset: str) -> list[dict[str, Result]]:
     """Retrieval by class on each of --splits, and their mean where these are all three."""
-    began = time.monotonic()
     splits = [limited(read_split(dataset, args.data, split), args.max_videos) for split in args.splits]
     sampling = ClipSampling(
         needs="video", clips_per_file=args.clips, clip_seconds=args.clip_seconds, num_crops=args.crops
@@ -352,8 +349,7 @@ def retrieve_classes(args: argparse.Namespace, console: Console, dataset: str) -
     videos = union([part for split in splits for part in (split.train, split.test)])
     extracted = extract(args, console, videos, sampling, check)
     protocol = protocol_name(sampling, args)
-    seconds = time.monotonic() - began
-    results = [class_results(args, extracted, split, protocol, seconds) for split in splits]
+    results = [class_results(args, extracted, split, protocol) for split in splits]
     if len(results) == len(DATASETS[dataset].splits):
         results.append(mean_of_splits(results))
     return results
@@ -388,12 +384,10 @@ def retrieve_across(
     )
     results = []
     for name, split, videos in parts:
-        began = time.monotonic()
         videos = evenly(videos, args.max_videos)
         extracted = extract(args, console, videos, sampling, lambda skipped: None)
-        seconds = time.monotonic() - began
         protocol = protocol_name(sampling, args)
-        results.append(cross_modal_results(args, extracted, videos, name, split, protocol, seconds))
+        results.append(cross_modal_results(args, extracted, videos, name, split, protocol))
     return results
 
 
