@@ -124,7 +124,7 @@ class FinetuneConfig:
     splits: tuple[Literal["1", "2", "3"], ...] = ("1", "2", "3")
     """Official splits, one after the other; their mean is reported when all three are finished in `out`."""
     max_videos: int = 0
-    """For a quick look: at most this many training and this many test videos, evenly over the classes. 0: all."""
+    """For a quick look: at most this many training and this many test videos, spread over the lists. 0: all."""
     seed: int = 0
     """Initial weights of the classifier (and of random encoders), order and augmentation of clips, dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

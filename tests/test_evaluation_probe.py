@@ -165,7 +165,7 @@ def test_means_per_item_are_in_the_order_items_first_come() -> None:
         ({"classifier": "tree"}, "classifier is 'tree', expected logistic or svm"),
         ({"candidates": []}, "candidates for C are \\(\\), expected at least one"),
         ({"candidates": [0.0, 1.0]}, "all above 0"),
-        ({"groups": ["one"] * 60}, "1 group\\(s\\) of rows"),
+        ({"groups": ["one"] * 60}, "1 group\\(s\\) of rows, 20 row\\(s\\) of the largest class"),
         ({"groups": ["a"]}, "1 groups for 60 rows of features"),
         ({"groups": ["a"] * 60, "folds": [0] * 60}, "both groups and folds"),
         ({"folds": [0] * 60}, "none of 1 folds leaves two classes"),

@@ -57,8 +57,8 @@ from loaders.datasets import DATASETS, ClassificationSplit, read_split
 from loaders.listed import ClipSampling, ListedLoader, listed_config
 from shards.manifest import write_atomically
 from shards.pool import usable_cores
-from shards.sources import SourceVideo
 from tools.common import RANDOM, count_skipped, report, say
+from tools.retrieve import limited
 
 SCRATCH = "scratch"
 TASK = "action-recognition"
@@ -86,26 +86,6 @@ def parse(arguments: Sequence[str]) -> FinetuneConfig:
     for preset, build in PRESETS.items():
         print(f"  {preset:26}{inspect.getdoc(build).splitlines()[0]}")
     raise SystemExit(0 if name in ("-h", "--help") else "tools.finetune: a preset is missing")
-
-
-def limit_videos(videos: Sequence[SourceVideo], most: int) -> tuple[SourceVideo, ...]:
-    """At most that many, evenly over the classes: the first of each class, then the second ...; 0: all."""
-    if most == 0 or len(videos) <= most:
-        return tuple(videos)
-    turns: dict[str | None, int] = {}
-    ranked = []
-    for position, video in enumerate(videos):
-        turns[video.label] = turns.get(video.label, 0) + 1
-        ranked.append((turns[video.label], position))
-    kept = sorted(position for _, position in sorted(ranked)[:most])
-    return tuple(videos[position] for position in kept)
-
-
-def limited_split(name: str, data: str, split: str, max_videos: int) -> ClassificationSplit:
-    """A split with at most `max_videos` training and as many test videos; 0: all."""
-    whole = read_split(name, data, split)
-    train, test = limit_videos(whole.train, max_videos), limit_videos(whole.test, max_videos)
-    return dataclasses.replace(whole, train=train, test=test)
 
 
 def describe_split(
@@ -225,7 +205,7 @@ class SplitRun:
         self.config = config
         self.name = name
         self.folder = Path(config.out) / f"split{name}"
-        self.split = limited_split(config.dataset, config.data, name, config.max_videos)
+        self.split = limited(read_split(config.dataset, config.data, name), config.max_videos or None)
         self._pin_memory = pin_memory
         self.skipped: dict[str, tuple[tuple[str, str], ...]] = {}
 

@@ -219,11 +219,12 @@ def _deal_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int,
     """(N,) fold of each row: groups stay whole, classes are spread evenly."""
     names = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     index = np.array([names[group] for group in groups])
-    num_folds = min(num_folds, len(names), int(np.bincount(targets).max()))
+    largest = int(np.bincount(targets).max())
+    num_folds = min(num_folds, len(names), largest)
     if num_folds < 2:
         raise ValueError(
-            f"{len(names)} group(s) of rows for {num_folds} fold(s), expected at least two to choose C with; "
-            "give a single candidate for C instead"
+            f"{len(names)} group(s) of rows, {largest} row(s) of the largest class: no two folds to choose C with; "
+            "give more rows, or a single candidate for C"
         )
     folds = np.empty(len(targets), dtype=np.int64)
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
