@@ -290,7 +290,7 @@ def finetune_ucf101_gdt() -> FinetuneConfig:
     Peaks of 0.02 (classifier) and 0.002 (encoder), 8 times GDT's head and base rates, which its warm-up of 2 epochs
     starts from (here by the step, in its code by the epoch), times 0.05 at epochs 6 and 10 (its scheduler gets there
     one epoch late: `--optimizer.milestones 7 11`). GDT reports the best of the tests after its epochs 7-11, counted
-    from 0: that is the metric `top1 best epoch`; `top1` is the last epoch's.
+    from 0: that is the metric `top1 best epoch (chosen on test)`; `top1` is the last epoch's.
     Command: python -m tools.finetune finetune-ucf101-gdt --checkpoint WEIGHTS --data data/ucf101
     Hardware: one GPU.
     Result: not run here; GDT reports 89.3 % (Table 4), its repository 90.9 %.

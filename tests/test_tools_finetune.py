@@ -67,7 +67,7 @@ def test_three_splits_give_three_results_and_their_mean(ucf101: Path, tmp_path: 
         assert result.counts["num_training_videos"] == 12 and result.config["epochs"] == 3
         assert result.metrics["top1"].chance == result.metrics["even guess"].value == pytest.approx(1 / 3)
         assert result.metrics["top1"].value == result.metrics["top1 skipped as wrong"].value
-        assert result.metrics["top1 best epoch"].value >= result.metrics["top1"].value
+        assert result.metrics[finetune.BEST_EPOCH].value >= result.metrics["top1"].value
     top1 = [result.metrics["top1"].value for result in splits]
     assert mean.metrics["top1"].value == pytest.approx(np.mean(top1)) and mean.metrics[
         "top1"
@@ -242,6 +242,7 @@ def test_a_pretrained_network_its_random_twin_and_other_weights_in_the_same_fold
         ({"--data": "/nowhere"}, "/nowhere"),
         ({"--data": ""}, "data is empty"),
         ({"--batch-size": "500"}, "global_batch_size is 500"),
+        ({"--results": __file__}, "line 1: not JSON"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(

@@ -7,7 +7,8 @@ same network with fresh weights, `scratch` a fresh one of the fields `encoder`: 
 every figure. Killed and started again with the same arguments it goes on where it was. One process, one device;
 `--splits 1`, `--splits 2` and `--splits 3` may run side by side with one `--out`.
 
-The result is the accuracy after the last epoch; `top1 best epoch` is chosen on the test videos, as others report it.
+The result is the accuracy after the last epoch. That of the best epoch, which others report, is chosen on the test
+videos; it stands beside it and says so.
 Test videos that cannot be used (missing, shorter than 32 frames, undecodable) are counted by reason and left out of
 `top1`; in `top1 skipped as wrong` each of them is wrong.
 """
@@ -62,6 +63,7 @@ from tools.retrieve import limited
 
 SCRATCH = "scratch"
 TASK = "action-recognition"
+BEST_EPOCH = "top1 best epoch (chosen on test)"
 
 
 def parse(arguments: Sequence[str]) -> FinetuneConfig:
@@ -95,7 +97,8 @@ def describe_split(
     lines = []
     for part in ("train", "test"):
         videos = getattr(split, part)
-        line = f"{split.name} split {split.split}, {part}: {len(videos)} videos"
+        word = "training" if part == "train" else part
+        line = f"{split.name} split {split.split}, {word}: {len(videos)} videos"
         if skipped[part]:
             counts = ", ".join(f"{name}: {count}" for name, count in count_skipped(skipped[part]).items())
             some = ", ".join(f"{video} ({reason})" for video, reason in skipped[part][:show])
@@ -106,7 +109,7 @@ def describe_split(
         if empty:
             more = ", ..." if len(empty) > show else ""
             lines.append(
-                f"  WARNING: {len(empty)} of {len(split.classes)} classes have no {part} video: "
+                f"  WARNING: {len(empty)} of {len(split.classes)} classes have no {word} video: "
                 f"{', '.join(empty[:show])}{more}"
             )
     return lines
@@ -360,7 +363,7 @@ class SplitRun:
         last = tests[-1]
         best = max(tests, key=lambda test: test.top1)
         metrics = {name: Metric(**_tuples(values)) for name, values in last.details["metrics"].items()}
-        metrics["top1 best epoch"] = Metric(value=best.top1)
+        metrics[BEST_EPOCH] = Metric(value=best.top1)
         return Result(
             task=TASK,
             dataset=self.config.dataset,
@@ -385,10 +388,12 @@ def _alone(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(
                 f"{folder} is in use by another process; wait for it, or choose another --out"
             ) from error
+        except OSError as error:
+            say(f"note: {folder} cannot be locked ({error.strerror}); let no second process train in it")
         yield
 
 
@@ -503,6 +508,8 @@ def run(config: FinetuneConfig) -> list[Result]:
             raise ValueError(f"{name} is empty, expected a folder: --{name} FOLDER")
     device = choose_device(config)
     network = open_network(config, device)
+    if Path(config.results).exists():
+        read_results(config.results)  # what is wrong with it is to be known now
     runs = [SplitRun(config, name, pin_memory=device.type == "cuda") for name in config.splits]
     for split in runs:
         split.check()
