@@ -175,7 +175,7 @@ def demo_ablation(shards: str = "runs/reproduce/demo/shards/train") -> RunConfig
     return dataclasses.replace(
         full,
         run_dir="runs/demo-ablation",
-        max_steps=300,
+        max_steps=450,
         cpu_threads=1,
         log_every=25,
         checkpoint_every=100,
