@@ -17,6 +17,8 @@ from PIL import Image
 from cmac.checkpoint import build_model, save_checkpoint
 from cmac.config import demo
 from cmac.evaluation import viewer
+from loaders.augment import ClipAugmentation
+from loaders.batch import BadClipRecord
 from loaders.config import AudioConfig, VideoConfig
 from loaders.raw_index import index_files
 from shards.ffmpeg import find_ffmpeg
@@ -41,6 +43,9 @@ class PixelModel:
         return SimpleNamespace(
             guided_v=maps_v, predicted_v=1 - maps_v, guided_a=maps_a, predicted_a=1 - maps_a
         )
+
+
+CROP = ClipAugmentation(scaled_height=8, scaled_width=16, crop_top=0, crop_left=6, crop_size=8, flip=True)
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,49 @@ def test_file_names_are_safe_and_no_two_alike():
         assert set(stem) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
+def test_names_are_short_where_that_is_enough():
+    paths = ["a/clip.mp4", "b/clip.mp4", "/long/way/to/other.mp4"]
+    assert visualize.short_names(paths) == ["a/clip.mp4", "b/clip.mp4", "other.mp4"]
+    assert visualize.printable(os.fsdecode(b"\xe9\n\x1b[31m\xe2\x98\x83")) == "???[31m\N{SNOWMAN}"
+
+
+def test_windows_after_the_part_that_is_shown_are_neither_read_nor_counted():
+    def batches() -> Iterator[SimpleNamespace]:
+        for first in (0, 4, 8):
+            is_bad = [place in (1, 6, 7) for place in range(first, first + 4)]
+            yield SimpleNamespace(
+                frames=torch.zeros(4, 3, 2, 8, 8, dtype=torch.uint8),
+                log_mel=torch.zeros(4, 1, 5, 7),
+                keys=tuple(f"key {place}" for place in range(first, first + 4)),
+                clips=tuple(
+                    None
+                    if bad
+                    else SimpleNamespace(
+                        start_seconds=2 + 0.5 * (first + row),
+                        end_seconds=3 + 0.5 * (first + row),
+                        source_crop=(0.0, 0.0, 40.0, 20.0),
+                        source_width=40,
+                        source_height=20,
+                    )
+                    for row, bad in enumerate(is_bad)
+                ),
+                augmentations=(CROP,) * 4,
+                bad=tuple(
+                    BadClipRecord(key=f"key {first + row}", shard="a", reason="decode-error")
+                    for row, bad in enumerate(is_bad)
+                    if bad
+                ),
+            )
+            assert first < 4, "read on after all that is shown"
+
+    windows, bad = visualize.read_windows(PixelModel(), batches(), "cpu", 2.0, 0.5, 5.25)
+    assert [window.start_seconds for window in windows] == [2.0, 3.0, 3.5, 4.0, 4.5]
+    assert bad == {"decode-error": 2}  # that at 2.5 and that at 5.0; the one at 5.5 is not shown
+    assert windows[0].region == (0.375, 0.0, 0.5, 1.0) and windows[0].flip
+    assert windows[0].guided_v.shape == (2, 8, 8) and windows[0].guided_a.shape == (7, 5)
+    assert windows[0].log_mel.shape == (7, 5)
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint of fresh weights."""
@@ -287,8 +335,8 @@ def test_command_shows_files_of_any_name_and_tells_what_it_leaves_out(run_folder
     make_flash_beep_video("plain.mp4", seconds=1.1, size=(64, 48))
     os.mkdir("other")
     names = ["./--out=<b>$(touch pwned)\n;.mp4", os.fsdecode(b"other/caf\xe9 [bold].mp4")]
-    for name in names:
-        shutil.copy("plain.mp4", name)
+    shutil.copy("plain.mp4", names[0])
+    make_flash_beep_video("zeros.mp4", seconds=1.1, size=(64, 48), sound="zeros").rename(names[1])
     make_flash_beep_video("silent.mp4", seconds=1.1, size=(64, 48), sound="none")
     make_flash_beep_video("short.mp4", seconds=0.5, size=(64, 48))
     Path("text.mp4").write_text("not a video")
@@ -310,6 +358,8 @@ def test_command_shows_files_of_any_name_and_tells_what_it_leaves_out(run_folder
     assert stems == ["caf_bold", "out_b_touch_pwned", "plain"]  # once, though it was named twice
     assert "--out=&lt;b&gt;$(touch pwned)?;.mp4" in page and "caf? [bold].mp4" in page and "<b>" not in page
     assert "--out=<b>$(touch pwned)?;.mp4" in told and "caf? [bold].mp4" in told
+    silence = "its sound is silence: what is guided by it means nothing"
+    assert page.count(silence) == 1 and page.index(silence) > page.index("caf? [bold].mp4")
     assert not Path("pwned").exists() and len(told.splitlines()) == len(stems) + len(bad) + 1
 
 
@@ -319,6 +369,8 @@ def test_command_fails_where_nothing_can_be_shown(run_folder, in_folder, capsys)
     captured = capsys.readouterr()
     assert "silent.mp4 is left out: it has no sound" in captured.out
     assert "none of the videos can be shown" in captured.err and not list(Path("out").iterdir())
+    assert visualize.main([str(run_folder), "silent.mp4", "--out", "silent.mp4/out"]) == 1
+    assert "silent.mp4" in capsys.readouterr().err
     assert visualize.main(["nowhere", "silent.mp4", "--out", "out"]) == 1
     assert "nowhere" in capsys.readouterr().err
 

@@ -48,6 +48,7 @@ from loaders.raw_index import IndexedVideo, VideoIndex, index_files
 from loaders.raw_video import EPSILON_SECONDS, RawVideoReader
 from shards.manifest import write_atomically
 from shards.schema import BadClip
+from shards.slicing import SliceSettings, loudness_dbfs
 from shards.sources import SourceVideo, with_hashes
 from tools.common import fail, open_encoders, say
 
@@ -143,6 +144,14 @@ def safe_stems(names: Sequence[str]) -> list[str]:
     return stems
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """What videos are called: the last part of the path where that is enough, for one line of text."""
+    ends = Counter(os.path.basename(path) for path in paths)
+    return [
+        printable(os.path.basename(path) if ends[os.path.basename(path)] == 1 else path) for path in paths
+    ]
+
+
 def find_sources(paths: Sequence[str]) -> tuple[str, dict[str, SourceVideo]]:
     """(folder, the videos as files below it by the names given, each file once, in the order given)."""
     names = {os.path.abspath(path): path for path in reversed(paths)}
@@ -156,7 +165,14 @@ def find_sources(paths: Sequence[str]) -> tuple[str, dict[str, SourceVideo]]:
 
 def index_each(folder: str, sources: Sequence[SourceVideo], cache: Path) -> tuple[VideoIndex, dict[str, str]]:
     """(index of the videos that can be shown, reason by id of the others)."""
-    index = index_files(folder, sources, min_seconds=lambda video: CLIP_SECONDS, cache=cache, allow_none=True)
+    index = index_files(
+        folder,
+        sources,
+        min_seconds=lambda video: CLIP_SECONDS,
+        cache=cache,
+        workers=1,  # watched: a file that hangs or crashes it costs that file
+        allow_none=True,
+    )
     return index, dict(index.skipped)
 
 
@@ -167,7 +183,12 @@ def covered_seconds(duration: float, settings: Settings) -> float:
 
 @torch.no_grad()
 def read_windows(
-    model: CMAC, batches: Iterable[ClipBatch], device: torch.device | str, until_seconds: float
+    model: CMAC,
+    batches: Iterable[ClipBatch],
+    device: torch.device | str,
+    start_seconds: float,
+    stride_seconds: float,
+    until_seconds: float,
 ) -> tuple[list[Window], Counter[str]]:
     """(windows of one video that start before a time, bad ones by reason).
 
@@ -175,12 +196,19 @@ def read_windows(
         model: has `encode`; in eval mode.
         batches: windows in the order of their start.
         device: where the model is.
+        start_seconds: where the first window starts.
+        stride_seconds: from one to the next.
         until_seconds: reading ends at the first window that starts then or later.
     """
     windows: list[Window] = []
     bad: Counter[str] = Counter()
+    planned_seconds = start_seconds  # of the next window, also where that is bad
     for batch in batches:
-        bad.update(record.reason for record in batch.bad)
+        reasons = {record.key: record.reason for record in batch.bad}
+        for key, info in zip(batch.keys, batch.clips):
+            if key and info is None and planned_seconds < until_seconds:
+                bad[reasons[key]] += 1
+            planned_seconds += stride_seconds
         rows = [
             row
             for row, info in enumerate(batch.clips)
@@ -209,7 +237,7 @@ def read_windows(
                     **{name: values[place] for name, values in maps.items()},
                 )
             )
-        if any(info is not None and info.start_seconds >= until_seconds for info in batch.clips):
+        if planned_seconds >= until_seconds:
             break
     return windows, bad
 
@@ -280,7 +308,7 @@ def show_video(
     )
     loader = ListedLoader(config, [source], sampling, folder=folder, cache=str(cache))
     try:
-        windows, bad = read_windows(model, loader, device, start + seconds)
+        windows, bad = read_windows(model, loader, device, start, settings.stride_seconds, start + seconds)
     finally:
         loader.close()
     if not windows:
@@ -333,6 +361,8 @@ def show_video(
     ]
     if bad:
         notes.append(f"{sum(bad.values())} windows could not be decoded ({_counts(bad)}): no map there")
+    if loudness_dbfs((sound * 32767).astype(np.int16)) < SliceSettings().silence_dbfs:
+        notes.append("its sound is silence: what is guided by it means nothing")
     if num_missing:
         notes.append(f"{num_missing / FPS:.1f} s of the picture could not be decoded")
     played = PlayedVideo(
@@ -406,8 +436,8 @@ def visualize(
     with tempfile.TemporaryDirectory(prefix="visualize-") as work:
         cache = Path(work) / "index.json"
         index, reasons = index_each(folder, list(sources.values()), cache)
-        for (path, source), stem in zip(sources.items(), stems):
-            name, started = printable(path), time.monotonic()
+        for source, name, stem in zip(sources.values(), short_names(list(sources)), stems):
+            started = time.monotonic()
             try:
                 if source.video_id in reasons:
                     raise LeftOut(REASONS.get(reasons[source.video_id], reasons[source.video_id]))
@@ -510,7 +540,7 @@ def main(argv: list[str] | None = None) -> int:
             device=encoders.device,
             facts=[("Checkpoint", printable(encoders.source)), ("Digest of its weights", encoders.digest)],
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: the folder or the disk does not take the files
         return fail("visualize", error)
     return 1 if left_out else 0
 
