@@ -66,6 +66,7 @@ MAX_BITS_PER_SECOND = 2_000_000
 """Of a rendered picture: what bounds the page."""
 AUDIO_BITS_PER_SECOND = 140_000
 MAX_PAGE_BYTES = 256 * 2**20
+SECONDS_HINT = "--seconds shows more"
 REASONS = {
     "missing": "there is no such file",
     "unreadable": "the file cannot be read",
@@ -110,16 +111,6 @@ class Settings:
 
 class LeftOut(Exception):
     """A video cannot be shown; the argument says why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """What was made of a video."""
-
-    played: PlayedVideo
-    num_windows: int
-    bad: Counter[str]
-    """Windows that could not be decoded, by reason."""
 
 
 def printable(name: str) -> str:
@@ -283,8 +274,8 @@ def show_video(
     cache: Path,
     stem: Path,
     settings: Settings,
-) -> Shown:
-    """Writes `stem`.png and `stem`.mp4 of one video, called `name`.
+) -> PlayedVideo:
+    """Writes `stem`.png and `stem`.mp4 of one video, called `name`; returns what the page shows of it.
 
     Raises:
         LeftOut: it cannot be shown.
@@ -365,7 +356,7 @@ def show_video(
         notes.append("its sound is silence: what is guided by it means nothing")
     if num_missing:
         notes.append(f"{num_missing / FPS:.1f} s of the picture could not be decoded")
-    played = PlayedVideo(
+    return PlayedVideo(
         name=name,
         notes=notes,
         ranges=[
@@ -377,10 +368,6 @@ def show_video(
         poster=pictures.encode_jpeg(poster[0], quality=80),
         layout=renderer.layout,
     )
-    return Shown(played=played, num_windows=len(windows), bad=bad)
-
-
-SECONDS_HINT = "--seconds shows more"
 
 
 def _counts(bad: Counter[str]) -> str:
@@ -441,17 +428,17 @@ def visualize(
             try:
                 if source.video_id in reasons:
                     raise LeftOut(REASONS.get(reasons[source.video_id], reasons[source.video_id]))
-                shown = show_video(
+                video = show_video(
                     model, device, configs, source, name, index, folder, cache, out / stem, settings
                 )
             except LeftOut as error:
                 left_out.append(f"{name} is left out: {error}")
                 tell(left_out[-1])
                 continue
-            played.append(shown.played)
+            played.append(video)
             tell(
-                f"{name}: {stem}.png, {stem}.mp4 ({len(shown.played.video) / 2**20:.1f} MiB; "
-                f"{'; '.join(shown.played.notes)}) in {time.monotonic() - started:.0f} s"
+                f"{name}: {stem}.png, {stem}.mp4 ({len(video.video) / 2**20:.1f} MiB; "
+                f"{'; '.join(video.notes)}) in {time.monotonic() - started:.0f} s"
             )
     if not played:
         raise ValueError("none of the videos can be shown, expected at least one with picture and sound")
