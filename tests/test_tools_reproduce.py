@@ -128,6 +128,13 @@ def test_rows_of_table_6_are_pretrained_when_asked(capsys):
     )
 
 
+def test_a_dataset_that_one_does_not_have_can_be_left_out(capsys):
+    common = ["--table", "6", "--data", "/data", "--checkpoint", "runs/x"]
+    assert list(commands(capsys, *common, "--dataset", "esc50")) == ["esc50-checkpoint"]
+    assert reproduce.main([*common, "--dataset", "ucf101"]) == 2
+    assert "expected one of esc50, dcase2013, dcase2014" in capsys.readouterr().err
+
+
 def test_only_leaves_the_other_variants_out(capsys):
     planned = commands(capsys, "--table", 1, "--scale", "demo", "--only", "no-contrastive", "--seeds", 1)
     assert [name for name in planned if "seed" in name] == [

@@ -469,9 +469,18 @@ CHECKPOINT_EVALUATIONS = {
 """What Tables 4 to 6 do to a checkpoint."""
 
 
-def evaluations_of(table: str) -> tuple[Evaluation, ...]:
-    """What is done to each checkpoint of a table."""
-    return ABLATION_EVALUATIONS if table in ABLATIONS else CHECKPOINT_EVALUATIONS[table]
+def evaluations_of(table: str, datasets: Sequence[str] = ()) -> tuple[Evaluation, ...]:
+    """What is done to each checkpoint of a table, on all of its datasets or on some.
+
+    Raises:
+        Failed: the table does not have one of them.
+    """
+    evaluations = ABLATION_EVALUATIONS if table in ABLATIONS else CHECKPOINT_EVALUATIONS[table]
+    have = [evaluation.dataset for evaluation in evaluations]
+    for name in datasets:
+        if name not in have:
+            raise Failed(f"table {table} has no dataset {name!r}, expected one of {', '.join(have)}")
+    return tuple(evaluation for evaluation in evaluations if not datasets or evaluation.dataset in datasets)
 
 
 def missing_inputs(data: Path, evaluations: Sequence[Evaluation], pretrain: bool) -> list[str]:
@@ -492,7 +501,8 @@ def missing_inputs(data: Path, evaluations: Sequence[Evaluation], pretrain: bool
             split = read_split(evaluation.dataset, folder, evaluation.check)
         except (ValueError, OSError) as error:
             lines.append(
-                f"{evaluation.dataset}: {error}; put the dataset in its official layout (or a link to it) at {folder}"
+                f"{evaluation.dataset}: {error}; put the dataset in its official layout (or a link to it) at {folder}, "
+                "or leave it out: --dataset names those that are to be evaluated"
             )
             continue
         if split.missing:
@@ -540,7 +550,7 @@ def paper_steps(args: argparse.Namespace, variants: Sequence[str], folder: Path)
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc)
     for seed in range(args.seeds):
         for variant in variants:
-            evaluations = evaluations_of(args.table)
+            evaluations = evaluations_of(args.table, args.dataset)
             if variant == SCRATCH and args.table in ABLATIONS:
                 steps += [
                     evaluate_step(
@@ -593,7 +603,7 @@ def checkpoint_steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     checkpoint = args.checkpoint if ":" in args.checkpoint else relative(Path(args.checkpoint))
     return [
         evaluate_step(args, folder, evaluation, checkpoint, "checkpoint", variant=FULL, alone=False)
-        for evaluation in evaluations_of(args.table)
+        for evaluation in evaluations_of(args.table, args.dataset)
     ]
 
 
@@ -628,7 +638,7 @@ def paper_measurements(
     measured: dict[str, dict[int, dict[str, Metric]]] = {}
     for variant in variants:
         for seed in range(args.seeds):
-            for evaluation in evaluations_of(args.table):
+            for evaluation in evaluations_of(args.table, args.dataset):
                 step = finished.get(f"{evaluation.dataset}-{variant}-seed{seed}")
                 if step is None:
                     continue
@@ -768,7 +778,7 @@ def reproduce(args: argparse.Namespace) -> int:
     rows = [FULL] if single else list(dict.fromkeys(row.variant for row in ablation_table(args).rows()))
     variants = select_variants(args.table, rows, args.only)
     if args.scale == "paper":
-        missing = missing_inputs(args.data, evaluations_of(args.table), pretrain=not single)
+        missing = missing_inputs(args.data, evaluations_of(args.table, args.dataset), pretrain=not single)
         if missing and not args.dry_run:
             raise Failed(
                 "nothing was started, because this is missing:\n" + "\n".join(f"- {x}" for x in missing)
@@ -835,6 +845,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="Table 6: pretrain and evaluate the rows scratch, single-modality, baseline and full",
     )
     parser.add_argument("--only", action="append", default=[], metavar="VARIANT", help="may be repeated")
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="paper scale: evaluate on this one alone; may be repeated (default: all of the table)",
+    )
     parser.add_argument("--seeds", type=int, help="trainings of each variant (default: 1; demo: 3)")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="default: runs/reproduce")
     parser.add_argument(
