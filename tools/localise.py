@@ -438,6 +438,9 @@ def localise(args: argparse.Namespace, console: Console) -> list[Result]:
     finally:
         reading.loader.close()
     began = time.monotonic()  # what came before counts as it is kept, over all starts
+    torch.set_num_threads(
+        1
+    )  # a map is too small to share: threads would wait for each other, 80 times as long
     found = join_samples(args, reading, features)
     bad = [(bad_name(reading, record), record.reason) for record in features.bad]
     write_skipped(store / "skipped.tsv", [*found.skipped, *bad])
