@@ -722,7 +722,7 @@ def table_notes(args: argparse.Namespace) -> tuple[str, ...]:
         return (
             shared,
             f"Generated world of {args.train_videos} training and {args.test_videos} held-out videos, "
-            f"{args.seeds} seeds (initial weights, order and augmentation of clips), preset `{DEMO_PRESET}`"
+            f"seeds 0 to {args.seeds - 1} (initial weights, order and augmentation of clips), preset `{DEMO_PRESET}`"
             + (f", {args.steps} steps." if args.steps else "."),
             "Not the paper's data and not its figures: only orders can be compared. Video probe: a linear classifier "
             "on frozen features, learnt on the training videos, names the category that sounds (easy part); audio "
@@ -731,7 +731,7 @@ def table_notes(args: argparse.Namespace) -> tuple[str, ...]:
         )
     return (
         shared,
-        f"Pretraining: `{PAPER_PRESET}` on {relative(args.data / 'k400-train')}, {args.seeds} seed(s). "
+        f"Pretraining: `{PAPER_PRESET}` on {relative(args.data / 'k400-train')}, seeds 0 to {args.seeds - 1}. "
         f"{TABLES[args.table].protocol}",
     )
 
