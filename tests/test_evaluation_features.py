@@ -1,7 +1,9 @@
 """Features are kept, go on after a kill, and are never those of something else."""
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,39 @@ def test_finished_features_are_read_back_without_reading_clips(tmp_path: Path) -
     loader = FakeLoader(["a", "b"])
     assert same(first, extract_features(loader, encode, tmp_path, {"weights": "1"}))
     assert loader.num_read == 0
+
+
+@pytest.mark.parametrize("save_every_seconds", [0, 30])
+def test_killed_when_all_was_saved_it_reads_no_clip_twice(tmp_path: Path, save_every_seconds: float) -> None:
+    options = {"save_every_seconds": save_every_seconds}
+    whole = extract_features(FakeLoader(["a", "b"]), encode, tmp_path, {"weights": "1"}, **options)
+    (tmp_path / "complete").unlink()
+    loader = FakeLoader(["a", "b"])
+    assert same(whole, extract_features(loader, encode, tmp_path, {"weights": "1"}, **options))
+    assert loader.num_read == 0
+
+
+def test_two_at_once_compute_the_features_once(tmp_path: Path) -> None:
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def slow(batch: ClipBatch) -> dict[str, Tensor]:
+        waits.set()
+        assert goes_on.wait(timeout=60)
+        return encode(batch)
+
+    def say(line: str) -> None:
+        assert line.startswith("waiting for another process")
+        goes_on.set()
+
+    second = FakeLoader(["a", "b"])
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(
+            extract_features, FakeLoader(["a", "b"]), slow, tmp_path, {"weights": "1"}, save_every_seconds=0
+        )
+        assert waits.wait(timeout=60)
+        later = pool.submit(extract_features, second, slow, tmp_path, {"weights": "1"}, say=say)
+        assert same(first.result(), later.result())
+    assert second.num_read == 0
 
 
 def test_features_of_something_else_are_refused(tmp_path: Path) -> None:

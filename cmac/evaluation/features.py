@@ -5,12 +5,15 @@ the loader's position behind it, and `complete` is there when the loader's epoch
 written whole or not at all, and read without unpickling.
 """
 
+import fcntl
 import hashlib
 import io
 import json
+import logging
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ STORE_VERSION = 1
 SAVE_EVERY_SECONDS = 30.0
 _COMPLETE = "complete"
 _META = "__meta__"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,8 @@ def extract_features(
 ) -> Features:
     """Features of one epoch of a loader; of what `store` holds already nothing is read or computed again.
 
+    A process that asks for what another one is computing waits for it.
+
     Args:
         loader: at the start of its epoch; neither shuffled nor augmented for evaluation. It is left open.
         encode: a batch -> name -> (N, ...) float tensors for all of its rows, on any device; rows that are not valid
@@ -102,19 +109,39 @@ def extract_features(
     """
     described = {"version": STORE_VERSION, **json.loads(json.dumps(identity))}
     store.mkdir(parents=True, exist_ok=True)
-    _check_identity(store, described)
-    chunks = _read_chunks(store)
-    if not (store / _COMPLETE).exists():
-        if chunks:
-            state = dict(chunks[-1]["state"])
-            loader.load_state_dict(state)
-        _extract(loader, encode, store, chunks, save_every_seconds, say)
-        write_atomically(store / _COMPLETE, b"")
+    with nullcontext() if (store / _COMPLETE).exists() else _alone(store, say):
+        _check_identity(store, described)
+        chunks = _read_chunks(store)
+        if not (store / _COMPLETE).exists():
+            epoch = loader.epoch
+            if chunks:
+                loader.load_state_dict(dict(chunks[-1]["state"]))
+            # Killed when all was saved, it stands at the start of the next epoch: nothing is left to read.
+            if loader.epoch == epoch:
+                _extract(loader, encode, store, chunks, save_every_seconds, say)
+            write_atomically(store / _COMPLETE, b"")
     features = _join(chunks)
     if features.num_clips == 0:
         reasons = sorted({record.reason for record in features.bad}) or ["the loader gave none"]
         raise ValueError(f"no clip could be used ({', '.join(reasons)}), expected at least one; see {store}")
     return features
+
+
+@contextmanager
+def _alone(store: Path, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Holds a store for this process, when no other one holds it any more: chunks of two would be mixed up."""
+    with open(store / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if say is not None:
+                say(f"waiting for another process, which computes the same features in {store}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # file systems without locks
+            log.warning(
+                "%s cannot be locked (%s); let no second process compute in it", store, error.strerror
+            )
+        yield
 
 
 def _check_identity(store: Path, described: dict[str, Any]) -> None:
