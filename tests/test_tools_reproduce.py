@@ -1,5 +1,7 @@
 """The reproduction runner: commands of every table, resuming, failures; one tiny table from nothing to Markdown."""
 
+import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -8,14 +10,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 import train
+from cmac.checkpoint import build_model
 from cmac.config import VARIANTS
+from cmac.evaluation import world
 from cmac.evaluation.ablations import FULL, SCRATCH
 from cmac.evaluation.paper import TABLES
 from cmac.evaluation.results import read_results
+from cmac.evaluation.truth import Truth, TruthObject
+from cmac.pretrain import Pretraining
 from tools import classify_audio, evaluate_world, finetune, reproduce, retrieve
 from tools.reproduce import Runner, Step
 
@@ -389,6 +398,68 @@ def test_evaluation_explains_what_it_cannot_do(tmp_path, capsys):
     assert evaluate_world.main(["--untrained", "demo-ablation", *common]) == 1
     assert "manifest.json does not exist" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+def clip_set(categories: list[str], part: str = "easy", clips_per_video: int = 2) -> world.ClipSet:
+    """Clips of videos of which only the sounding category is known; the last video has no sound at all."""
+    clips = world.ClipSet()
+    for number, category in enumerate([*categories, None]):
+        thing = TruthObject(category=str(category), sounding=True, moving=True, boxes=np.zeros((1, 4)))
+        truth = Truth(
+            part=part, sound="on-screen" if category else "silent", category=category, fps=25.0, width=8, height=8,
+            objects=(thing,), bands_hz=(),
+        )  # fmt: skip
+        for _ in range(clips_per_video):
+            clips.clips.append(SimpleNamespace(video_id=f"{part}_{number}.mp4"))
+            clips.truths.append(truth)
+    return clips
+
+
+def test_probes_count_videos_and_know_no_category_they_were_not_taught():
+    """Features that name the category: all found but the videos of a category without training video."""
+    columns = {"bell": 0, "drum": 1, "horn": 2}
+
+    def features(clips: world.ClipSet) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        rows = [np.eye(4)[columns.get(truth.category, 3)] for truth in clips.truths]
+        return (np.array(rows) + 0.01 * rng.standard_normal((len(rows), 4))).astype(np.float32)
+
+    train_clips, test_clips = clip_set(["bell", "drum"] * 6), clip_set(["bell", "drum", "drum", "horn"])
+    train_set, test_set = (train_clips, features(train_clips)), (test_clips, features(test_clips))
+    figure = evaluate_world.probe_figure(train_set, test_set, lambda truth: True, 16, seed=0)
+    assert figure["value"] == 0.75 and figure["num_videos"] == 4 and figure["num_clips"] == 8
+    assert figure["chance"] == 1 / 16 and figure["num_training_videos"] == 12
+    figure = evaluate_world.one_shot_figure(train_set, test_set, 16, seed=0)
+    assert figure["value"] == 0.75 and figure["num_videos"] == 4
+    figure = evaluate_world.category_retrieval_figure(train_set, test_set, seed=0)
+    assert figure["value"] == 0.75 and figure["gallery"] == 12
+    swapped = test_clips, features(clip_set(["drum", "bell", "bell", "horn"]))
+    assert evaluate_world.probe_figure(train_set, swapped, lambda truth: True, 16, seed=0)["value"] == 0
+    with pytest.raises(ValueError, match="none of 26 train clips"):
+        evaluate_world.probe_figure(train_set, test_set, lambda truth: truth.part == "hard", 16, 0)
+
+
+def test_features_are_means_over_all_positions():
+    torch.manual_seed(0)
+    model = build_model(train.parse(["demo-ablation"])).eval()
+    pooled = evaluate_world.PooledFeatures(model)
+    frames, log_mel = torch.randint(0, 256, (3, 3, 8, 40, 40), dtype=torch.uint8), torch.randn(3, 1, 128, 101)
+    whole = model.encode(frames, log_mel)
+    pooled.encode(frames[:2], log_mel[:2])
+    pooled.encode(frames[2:], log_mel[2:])
+    taken = pooled.take()
+    np.testing.assert_allclose(
+        taken["video"], whole.feature_v.mean(dim=(2, 3, 4)).numpy(), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(taken["audio"], whole.feature_a.mean(dim=(2, 3)).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_untrained_network_is_what_a_training_of_that_seed_starts_from(tmp_path):
+    args = argparse.Namespace(run=None, untrained="demo-ablation", seed=3)
+    model, config, _ = evaluate_world.load(args)
+    trained = Pretraining(dataclasses.replace(config, seed=3, run_dir=str(tmp_path)), torch.device("cpu"), 10)
+    state = trained.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.slow

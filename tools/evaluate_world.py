@@ -123,8 +123,14 @@ def one_shot_figure(
 
     Timbres are told apart by linear classifiers of random features when there are many examples; with one per category
     it shows what a network has learnt. The draws are the same for all models.
+
+    Choice: features are standardised over all training clips, which takes no labels; over the few that are drawn noise
+    would count as much as what tells categories apart.
     """
     (clips, features), (test_clips, test_features) = train, test
+    mean, scale = features.mean(axis=0), features.std(axis=0)
+    scale = np.where(scale > 0, scale, 1)
+    features, test_features = (features - mean) / scale, (test_features - mean) / scale
     by_category: dict[str, dict[str, list[int]]] = {}
     for row, truth in enumerate(clips.truths):
         if truth is not None and truth.category:
@@ -141,7 +147,7 @@ def one_shot_figure(
             of_video = list(by_category[category].values())[rng.integers(len(by_category[category]))]
             chosen += of_video
             labels += [category] * len(of_video)
-        probe = fit_linear_probe(features[chosen], labels, candidates=(1.0,), seed=seed)
+        probe = fit_linear_probe(features[chosen], labels, candidates=(1.0,), standardize=False, seed=seed)
         scores, names, _ = mean_per_item(probe.scores(test_features[rows]), videos)
         for name, best in zip(names, scores.argmax(axis=1)):
             hits.setdefault(name, []).append(float(probe.classes[best] == truth[name]))
