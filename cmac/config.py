@@ -170,8 +170,8 @@ def demo_ablation(shards: str = "runs/reproduce/demo/shards/train") -> RunConfig
     """The demo cut down to minutes of one core, for tables of many trainings (tools/reproduce.py --scale demo).
 
     Command: python -m tools.reproduce --table 1 --scale demo
-    Choice: 450 steps of 32 clips; with 300 steps a linear probe finds 46 % of the categories instead of 65 % (one seed each,
-    benchmarks/LOG.md), with batches of 16 or a queue of 256 even less.
+    Choice: 450 steps of 32 clips; with 300 steps a linear probe finds 46 % of the categories instead of 65 % (one
+    seed each, benchmarks/LOG.md), with batches of 16 or a queue of 256 even less.
     """
     full = demo(shards)
     return dataclasses.replace(
