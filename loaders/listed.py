@@ -39,6 +39,8 @@ from shards.sources import Needs, SourceVideo
 Placement = Literal["uniform", "uniform-gdt", "random", "center", "stride"]
 MAX_FRAMES_AT_ONCE = 1024
 """A file is decoded once for all its clips if these need so many pictures at most."""
+MAX_SPARSITY = 4
+"""And if it is at most so many times as long as they are together: else most would be decoded for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +316,13 @@ class ListedClips:
             return None
         video = self._reader.video(shard)
         count = num_clips(video, sampling)
-        if count * sampling.num_crops == 1 or count * len(self._frame_indices) > MAX_FRAMES_AT_ONCE:
+        num_frames = 0 if video.video_stream is None else count * len(self._frame_indices)
+        together = count * clip_lengths(video, sampling)[0]
+        if (
+            count * sampling.num_crops == 1
+            or num_frames > MAX_FRAMES_AT_ONCE
+            or latest_start(video, sampling) > MAX_SPARSITY * together
+        ):
             return None
         if self._decoded is None or self._decoded[0] != shard:
             self._decoded = None  # before the next one is there: one at a time

@@ -14,6 +14,7 @@ from loaders.augment import ClipAugmentation, crop_in_source, draw_resized_crop
 from loaders.batch import ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.listed import ClipSampling, ListedLoader, listed_config
+from loaders.raw_video import RawVideoReader
 from shards.sources import SourceVideo, with_hashes
 
 VIDEO = VideoConfig(short_side=36, crop_size=32)
@@ -169,6 +170,27 @@ def test_sound_alone_gives_log_mel_of_the_clips_length_and_no_frames(folder: Pat
         assert frames.shape == (3, 0, 32, 32) and log_mel.shape == (1, 257, 201)
         assert torch.equal(log_mel, each[place][1])
     assert not torch.equal(once["sound.wav", 0][1], once["sound.wav", 1][1])
+
+
+def test_a_file_is_decoded_once_for_many_clips_but_not_from_end_to_end_for_few(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = 0
+
+    def read_bounds(*args: object, _read=RawVideoReader.read_bounds, **options: object) -> object:
+        nonlocal reads
+        reads += 1
+        return _read(*args, **options)
+
+    monkeypatch.setattr(RawVideoReader, "read_bounds", read_bounds)
+    dense = ClipSampling(needs="audio", clip_seconds=1.0, clips_per_file=60)
+    sparse = ClipSampling(needs="audio", clip_seconds=0.2, clips_per_file=3)
+    for sampling, expected in ((dense, 1), (sparse, 3)):
+        reads = 0
+        once = read_all(open_loader(folder, ["sound.wav"], sampling))
+        assert reads == expected
+        each = read_all(open_loader(folder, ["sound.wav"], dataclasses.replace(sampling, decode_once=False)))
+        assert all(torch.equal(once[place][1], each[place][1]) for place in once)
 
 
 def test_a_wav_without_samples_is_skipped(real_data: Path, tmp_path: Path) -> None:
