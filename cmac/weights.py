@@ -290,6 +290,10 @@ def load(
     if isinstance(content, dict) and {"format", "step", "config", "model"} <= content.keys():
         if format != "auto":
             raise ValueError(f"{path}: format is {format!r}, but this is a checkpoint of cmac; leave it out")
+        if "classes" in content:
+            raise ValueError(
+                f"{path}: a checkpoint of tools.finetune, a video classifier; expected one of pretraining"
+            )
         return _from_checkpoint(path, device, random_seed)
     layout = None if format == "auto" else format
     foreign = read_foreign(content, str(path), layout, audio, classifier)

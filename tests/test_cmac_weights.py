@@ -19,6 +19,7 @@ import cmac
 from cmac.checkpoint import build_model, save_checkpoint
 from cmac.config import RunConfig, config_from_dict, config_to_dict, demo
 from cmac.encoders import VideoEncoderConfig, count_parameters
+from cmac.finetune import finetune_tiny
 from cmac.norm import BatchNorm3d
 from cmac.weight_files import KINETICS_MEAN, KINETICS_STD
 from cmac.weights import CARD, export_encoders, weights_digest
@@ -602,6 +603,14 @@ BN = "audio_network.base.layer2.0.bn1.running_mean"
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         cmac.load(save(tmp_path / "file.pth", content))
+
+
+def test_a_fine_tuned_network_is_refused_by_name(tmp_path):
+    state = {"model": {"fc.weight": torch.ones(1)}, "classes": ["dog"]}
+    path = save_checkpoint(tmp_path / "checkpoints", 1, finetune_tiny(), state, keep=1)
+    for given in (path, tmp_path):
+        with pytest.raises(ValueError, match="a checkpoint of tools.finetune, a video classifier"):
+            cmac.load(given)
 
 
 def test_paths_that_are_nothing_are_refused(tmp_path):
