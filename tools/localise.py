@@ -630,9 +630,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--draws", type=int, default=5, help="of noise (default: 5)")
     parser.add_argument("--limit", type=int, help="only the first so many samples, for a quick look")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of random weights, noise and intervals (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of noise and intervals (default: 0)")
     parser.add_argument(
         "--no-untrained",
         dest="untrained",
