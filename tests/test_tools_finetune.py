@@ -217,8 +217,8 @@ def test_a_pretrained_network_its_random_twin_and_other_weights_in_the_same_fold
     digests = set()
     runs = [str(write_checkpoint(tmp_path / f"run{seed}", seed)) for seed in (5, 6)]
 
-    def run(checkpoint: str, out: str) -> int:
-        values = arguments(ucf101, tmp_path / out, "--epochs", "1", "--max-videos", "6")
+    def run(checkpoint: str, out: str, split: str = "1") -> int:
+        values = arguments(ucf101, tmp_path / out, "--epochs", "1", "--max-videos", "6", "--splits", split)
         values[values.index("--checkpoint") + 1] = checkpoint
         return finetune.main(values)
 
@@ -232,6 +232,12 @@ def test_a_pretrained_network_its_random_twin_and_other_weights_in_the_same_fold
     assert len(digests) == 2
     assert run(runs[1], "a") == 1
     assert "choose another --out" in capsys.readouterr().err
+    # A run folder whose newest checkpoint is another one by now: no mean over splits of two networks.
+    Path(runs[0]).rename(tmp_path / "before")
+    Path(runs[1]).rename(runs[0])
+    assert run(runs[0], "a", split="2") == 1
+    assert "split1 was started with other weights" in capsys.readouterr().err
+    assert not (tmp_path / "a/split2").exists()
 
 
 @pytest.mark.parametrize(

@@ -348,16 +348,9 @@ class SplitRun:
 
     def _check_weights(self, network: "Network") -> None:
         """Refuse to go on with the checkpoints of other weights: they are no part of the configuration."""
-        path = self.folder / "weights.json"
-        if path.exists():
-            digest = json.loads(path.read_bytes())["digest"]
-            if digest != network.digest:
-                raise ValueError(
-                    f"{self.folder} was started with other weights ({digest}) than {self.config.checkpoint} holds "
-                    f"({network.digest}); choose another --out"
-                )
+        check_weights_of_splits(self.config, network)
         described = {"digest": network.digest, "source": network.source}
-        write_atomically(path, (json.dumps(described) + "\n").encode())
+        write_atomically(self.folder / "weights.json", (json.dumps(described) + "\n").encode())
 
     def _result(self, training: Finetuning, tests: Sequence[EpochTest], network: "Network") -> Result:
         last = tests[-1]
@@ -480,6 +473,20 @@ def mean_result(config: FinetuneConfig) -> Result | None:
     )
 
 
+def check_weights_of_splits(config: FinetuneConfig, network: Network) -> None:
+    """Raises ValueError where any split in `config.out` was started with other weights: a mean over splits is of one
+    network, and a file of weights may have changed since."""
+    for name in DATASETS[config.dataset].splits:
+        folder = Path(config.out) / f"split{name}"
+        path = folder / "weights.json"
+        digest = json.loads(path.read_bytes())["digest"] if path.exists() else network.digest
+        if digest != network.digest:
+            raise ValueError(
+                f"{folder} was started with other weights ({digest}) than {config.checkpoint} holds "
+                f"({network.digest}); choose another --out"
+            )
+
+
 def choose_device(config: FinetuneConfig) -> torch.device:
     """The device that a configuration asks for.
 
@@ -508,6 +515,7 @@ def run(config: FinetuneConfig) -> list[Result]:
             raise ValueError(f"{name} is empty, expected a folder: --{name} FOLDER")
     device = choose_device(config)
     network = open_network(config, device)
+    check_weights_of_splits(config, network)
     if Path(config.results).exists():
         read_results(config.results)  # what is wrong with it is to be known now
     runs = [SplitRun(config, name, pin_memory=device.type == "cuda") for name in config.splits]
