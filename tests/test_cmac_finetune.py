@@ -415,6 +415,7 @@ def test_presets_hold_the_papers_numbers() -> None:
         "uniform-gdt",
     )
     assert gdt.resized_crop_area == (0.14, 1.0) and gdt.color_jitter_probability == 0.8
+    assert gdt.clip_seconds == pytest.approx(32 / 30)  # 32 frames at its target of 30 a second
     avid = PRESETS["finetune-ucf101-avid"]()
     assert (avid.head_epochs, avid.epochs, avid.dropout, avid.optimizer.weight_decay) == (5, 16, 0.5, 0.0)
 
