@@ -1,7 +1,7 @@
 """Audio classification: a linear classifier on the frozen audio encoder (paper sections 4.2 and 4.5, Table 6).
 
     python -m tools.classify_audio runs/pretrain-k400 --dataset esc50 --data ESC-50
-    python -m tools.classify_audio runs/pretrain-k400 --dataset dcase2014 --data DCASE --features map,gap
+    python -m tools.classify_audio runs/pretrain-k400 --dataset dcase2014 --data DCASE --features map gap
     python -m tools.classify_audio runs/demo --dataset esc10 --data ESC-50 --random-networks 5
 
 ESC-50 (and its part ESC-10): 10 clips of 2 s of each file, the five official folds. DCASE: 60 clips of 1 s. There was
@@ -300,13 +300,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", choices=tuple(PROTOCOLS), required=True, help="what --data holds")
     parser.add_argument(
         "--features",
-        default="map",
-        help=f"what the classifier sees of the encoder's map, one or more of {', '.join(KINDS)} (default: map)",
+        nargs="+",
+        choices=KINDS,
+        default=["map"],
+        help="what the classifier sees of the encoder's map; several are read in one pass (default: map)",
     )
     parser.add_argument(
         "--classifier", choices=("logistic", "svm"), default="logistic", help="default: logistic"
     )
-    parser.add_argument("--folds", help="such as 1,2 (default: all)")
+    parser.add_argument("--folds", nargs="+", help="such as 1 2 (default: all)")
     parser.add_argument("--clips", type=int, help="clips per file (default: 10, DCASE 60)")
     parser.add_argument("--clip-seconds", type=float, help="length of a clip (default: 2, DCASE 1)")
     parser.add_argument(
@@ -325,13 +327,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of folds that are drawn, and of the SVM")
     parser.add_argument("--max-files", type=int, help="of each class and fold, for a quick look")
     args = parser.parse_args(argv)
-    args.features = tuple(dict.fromkeys(args.features.split(",")))
-    if not set(args.features) <= set(KINDS):
-        parser.error(f"--features is {','.join(args.features)!r}, expected some of {','.join(KINDS)}")
+    args.features = tuple(dict.fromkeys(args.features))
     known = DATASETS[args.dataset].splits
-    args.folds = known if args.folds is None else tuple(dict.fromkeys(args.folds.split(",")))
+    args.folds = known if args.folds is None else tuple(dict.fromkeys(args.folds))
     if not set(args.folds) <= set(known):
-        parser.error(f"--folds is {','.join(args.folds)!r}, expected some of {','.join(known)}")
+        parser.error(f"--folds is {' '.join(args.folds)!r}, expected some of {', '.join(known)}")
     for name in ("clips", "clip_seconds", "max_files"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected more than 0")
