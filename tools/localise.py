@@ -11,8 +11,9 @@ the same network with random weights are scored by the same function. On the gen
 also compared step by step (`steps`), and clips whose sound is off-screen or that are silent ask whether a map knows
 that nothing in sight sounds (`detection`).
 
-What the network sees. Stills are squashed: the whole image is scaled to the network's square, as in the code of those
-who compare on these sets (--fit crop: scaled to the short side and cut). Videos and shards keep their aspect and the
+What the network sees. Stills are squashed: the whole image is scaled to the network's square, as in the code of EZ-VSL
+and SLAVC (--fit crop: scaled to the short side and cut, and boxes with it; LVS's code cuts the image but compares with
+boxes of the whole one). Its second of sound is shorter than theirs (--clip-seconds 3). Videos and shards keep their aspect and the
 center is cut out, as in training, and boxes are cut with it; how much of the ground truth is lost by that is told, and
 a sample whose source is not in sight at all is left out and counted.
 
@@ -662,7 +663,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_arguments(args)
         localise(args, Console(width=None if sys.stdout.isatty() else 140))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail("localise", error)
     return 0
 
