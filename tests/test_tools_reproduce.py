@@ -119,7 +119,7 @@ def test_paper_scale_pretrains_each_variant_and_fine_tunes_it_on_both_datasets(t
 )
 def test_a_checkpoint_goes_through_the_evaluations_of_its_table(table, tool, datasets, capsys):
     planned = commands(capsys, "--table", table, "--data", "/data", "--checkpoint", "runs/pretrain-k400")
-    assert set(planned) == {f"{dataset}-checkpoint" for dataset in datasets}
+    assert {name.split(f"-table{table}-")[0] for name in planned} == datasets
     assert all(tool in words and "runs/pretrain-k400" in words for words in planned.values())
     parse = {"4": finetune.parse, "5": retrieve.parse, "6": classify_audio.parse}[table]
     for words in planned.values():
@@ -139,9 +139,21 @@ def test_rows_of_table_6_are_pretrained_when_asked(capsys):
 
 def test_a_dataset_that_one_does_not_have_can_be_left_out(capsys):
     common = ["--table", "6", "--data", "/data", "--checkpoint", "runs/x"]
-    assert list(commands(capsys, *common, "--dataset", "esc50")) == ["esc50-checkpoint"]
+    assert [name.split("-table6-")[0] for name in commands(capsys, *common, "--dataset", "esc50")] == [
+        "esc50"
+    ]
     assert reproduce.main([*common, "--dataset", "ucf101"]) == 2
     assert "expected one of esc50, dcase2013, dcase2014" in capsys.readouterr().err
+
+
+def test_tables_and_checkpoints_share_no_step(capsys):
+    names = [
+        name
+        for table in ("4", "5")
+        for checkpoint in ("runs/x", "runs/y")
+        for name in commands(capsys, "--table", table, "--data", "/data", "--checkpoint", checkpoint)
+    ]
+    assert len(names) == len(set(names)) == 8
 
 
 def test_only_leaves_the_other_variants_out(capsys):
@@ -163,6 +175,15 @@ def test_only_leaves_the_other_variants_out(capsys):
         (["--table", "5", "--data", "x", "--with-variants"], "--with-variants is for table 6"),
         (["--table", "1", "--scale", "demo", "--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["--table", "5", "--scale", "demo", "--checkpoint", "y"], "the demo trains what it evaluates"),
+        (
+            ["--table", "1", "--scale", "demo", "--data", "x"],
+            "--data is for --scale paper, the scale is demo",
+        ),
+        (["--table", "1", "--data", "x", "--train-videos", "9"], "--train-videos is for --scale demo"),
+        (
+            ["--table", "5", "--data", "x", "--checkpoint", "y", "--seeds", "3"],
+            "--seeds is 3 with --checkpoint",
+        ),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message, capsys):

@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import dataclasses
 import fcntl
+import hashlib
 import json
 import multiprocessing.connection
 import os
@@ -601,8 +602,10 @@ def paper_steps(args: argparse.Namespace, variants: Sequence[str], folder: Path)
 def checkpoint_steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     """Evaluations of the checkpoint that is given."""
     checkpoint = args.checkpoint if ":" in args.checkpoint else relative(Path(args.checkpoint))
+    # Tables share datasets, and another checkpoint is another evaluation.
+    name = f"table{args.table}-{hashlib.sha256(os.fsencode(checkpoint)).hexdigest()[:8]}"
     return [
-        evaluate_step(args, folder, evaluation, checkpoint, "checkpoint", variant=FULL, alone=False)
+        evaluate_step(args, folder, evaluation, checkpoint, name, variant=FULL, alone=False)
         for evaluation in evaluations_of(args.table, args.dataset)
     ]
 
@@ -860,13 +863,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, help="steps at a time (default: 1; demo: as many as cores, at most 4)"
     )
-    parser.add_argument("--nproc", default="auto", help="ranks of a pretraining (default: auto, one per GPU)")
+    parser.add_argument("--nproc", help="paper scale: ranks of a pretraining (default: auto, one per GPU)")
     parser.add_argument("--steps", type=int, help="demo: optimization steps in place of the preset's")
-    parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS, help="demo: of the world")
-    parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS, help="demo: of the world")
+    parser.add_argument("--train-videos", type=int, help=f"demo: of the world (default: {TRAIN_VIDEOS})")
+    parser.add_argument("--test-videos", type=int, help=f"demo: of the world (default: {TEST_VIDEOS})")
     parser.add_argument("--dry-run", action="store_true", help="print all commands and run none")
     args = parser.parse_args(argv)
     demo = args.scale == "demo"
+    other = ("data", "dataset", "nproc") if demo else ("steps", "train_videos", "test_videos")
+    for name in other:
+        if getattr(args, name):
+            scale = "paper" if demo else "demo"
+            parser.error(f"--{name.replace('_', '-')} is for --scale {scale}, the scale is {args.scale}")
+    if args.checkpoint is not None and args.seeds is not None:
+        parser.error(f"--seeds is {args.seeds} with --checkpoint: seeds are of trainings, and none is done")
+    args.nproc = args.nproc or "auto"
+    args.train_videos = TRAIN_VIDEOS if args.train_videos is None else args.train_videos
+    args.test_videos = TEST_VIDEOS if args.test_videos is None else args.test_videos
     args.seeds = (3 if demo else 1) if args.seeds is None else args.seeds
     args.jobs = (min(4, usable_cores()) if demo else 1) if args.jobs is None else args.jobs
     for name in ("seeds", "jobs", "steps", "train_videos", "test_videos"):

@@ -30,6 +30,7 @@ from rich.console import Console
 from cmac.evaluation.features import Features, extract_features, store_folder
 from cmac.evaluation.intervals import paired_difference_interval
 from cmac.evaluation.metrics import mean_over_splits
+from cmac.evaluation.probe import source_group
 from cmac.evaluation.results import MEAN_OF_THREE_SPLITS, Metric, Result, stamp
 from cmac.evaluation.retrieval import (
     CLASS_KS,
@@ -223,7 +224,8 @@ def class_results(
     features = extracted.features
     usable = set(features.video_ids)
     query, gallery = ([v for v in videos if v.video_id in usable] for videos in (split.test, split.train))
-    query_ids, labels = [video.video_id for video in query], [video.label for video in query]
+    labels = [video.label for video in query]
+    sources = [source_group(video.video_id, video.label) for video in query]  # what intervals resample
     gallery_labels = [video.label for video in gallery]
     read = Counter(features.video_ids)
     counts = {
@@ -245,12 +247,12 @@ def class_results(
         of_query, of_gallery = (
             torch.from_numpy(means[[rows[video.video_id] for video in videos]]) for videos in (query, gallery)
         )
-        metrics[name] = class_recall_metrics(of_query, query_ids, labels, of_gallery, gallery_labels, args.ks)
+        metrics[name] = class_recall_metrics(of_query, sources, labels, of_gallery, gallery_labels, args.ks)
         hits[name] = (class_ranks(of_query, labels, of_gallery, gallery_labels) <= 1).double().tolist()
     if UNTRAINED in hits:
         metrics[TRAINED]["R@1 above random weights"] = Metric(
             value=float(np.mean(hits[TRAINED]) - np.mean(hits[UNTRAINED])),
-            interval=paired_difference_interval(hits[TRAINED], hits[UNTRAINED], query_ids),
+            interval=paired_difference_interval(hits[TRAINED], hits[UNTRAINED], sources),
         )
     return make_results(
         args,
@@ -279,17 +281,18 @@ def cross_modal_results(
     metrics = {}
     for name in extracted.networks:
         if args.per_clip:
-            groups = features.video_ids
+            video_ids, labels = features.video_ids, features.labels
             embeddings = [features.arrays[f"{name}_{modality}"] for modality in "va"]
         else:
             pooled = [features.mean_per_video(f"{name}_{modality}") for modality in "va"]
-            groups = pooled[0][1]
+            _, video_ids, labels = pooled[0]
             embeddings = [means for means, _, _ in pooled]
         rows = [unit_rows(torch.from_numpy(part), "embedding") for part in embeddings]  # (N, D) each
-        metrics[name] = cross_modal_metrics(*rows, groups, args.ks)
+        sources = [source_group(video, label) for video, label in zip(video_ids, labels)]
+        metrics[name] = cross_modal_metrics(*rows, sources, args.ks)
     counts = {
-        "num_videos": len(set(groups)),
-        "num_gallery_rows": len(groups),
+        "num_videos": len(set(video_ids)),
+        "num_gallery_rows": len(video_ids),
         "num_clips": len(features.video_ids),
         **count_skipped(unusable(videos, extracted), bad_clips(videos, features)),
     }
@@ -297,7 +300,7 @@ def cross_modal_results(
         args,
         extracted,
         metrics,
-        len(groups),
+        len(video_ids),
         task="cross-modal-retrieval",
         dataset=dataset,
         split=split,
@@ -495,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         evaluate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail("retrieve", error)
     return 0
 
