@@ -343,6 +343,26 @@ def test_across_modalities_needs_a_whole_model(sounding: Path, run, monkeypatch:
     assert "no whole CMAC model" in said
 
 
+def test_intervals_resample_what_videos_were_cut_from(tmp_path: Path, run) -> None:
+    """Three test videos of each class are cut from two films."""
+    lists = tmp_path / "ucf/ucfTrainTestlist"
+    lists.mkdir(parents=True)
+    names = {"test": ("g01_c01", "g01_c02", "g02_c01"), "train": ("g03_c01",)}
+    lines: dict[str, list[str]] = {"test": [], "train": []}
+    for number, (label, color) in enumerate(COLORS.items(), 1):
+        for part, cuts in names.items():
+            for cut in cuts:
+                write_video(tmp_path / f"ucf/UCF-101/{label}/v_{label}_{cut}.avi", color)
+                lines[part].append(f"{label}/v_{label}_{cut}.avi {number}")
+    (lists / "classInd.txt").write_text("".join(f"{n} {label}\n" for n, label in enumerate(COLORS, 1)))
+    for part, rows in lines.items():
+        (lists / f"{part}list01.txt").write_text("\n".join(rows))
+    (trained, _), _ = run("--data", tmp_path / "ucf", "--clips", 1)
+    assert trained.metrics["R@1"].value == 1.0 and trained.counts["num_videos"] == 9
+    # All hits: the exact binomial interval of the six films, not of nine videos.
+    assert trained.metrics["R@1"].interval[0] == pytest.approx(0.025 ** (1 / 6))
+
+
 def test_labels_are_not_read_across_modalities(ucf: Path, run) -> None:
     _, said = run("--data", ucf, "--cross-modal", status=1)
     assert "no-audio 6" in said and "missing" not in said, "the test videos, none of which has sound"

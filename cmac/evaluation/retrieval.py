@@ -176,18 +176,18 @@ def unit_rows(rows: Tensor, name: str) -> Tensor:
 
 def class_recall_metrics(
     query: Tensor,
-    query_ids: Sequence[Hashable],
+    groups: Sequence[Hashable],
     query_labels: Sequence[Hashable],
     gallery: Tensor,
     gallery_labels: Sequence[Hashable],
     ks: Sequence[int] = CLASS_KS,
     seed: int = 0,
 ) -> dict[str, Metric]:
-    """`R@k` of Table 5 for each k, with its interval over query videos and what a gallery in random order gives.
+    """`R@k` of Table 5 for each k, with its interval and what a gallery in random order gives.
 
     Args:
         query: (Q, D), one row per test video; see `class_ranks`.
-        query_ids: Q, what is resampled for the interval.
+        groups: Q, what each query was cut from: what is resampled for the interval.
         query_labels: Q classes.
         gallery: (G, D), one row per training video. A k above G finds all there is, as its chance shows.
         gallery_labels: G classes.
@@ -200,7 +200,7 @@ def class_recall_metrics(
     _check_ks(ks)
     ranks = class_ranks(query, query_labels, gallery, gallery_labels)
     chance = class_recall_chance(query_labels, gallery_labels, ks)
-    return {f"R@{k}": _recall_metric(ranks, min(k, len(gallery)), query_ids, chance[k], seed) for k in ks}
+    return {f"R@{k}": _recall_metric(ranks, min(k, len(gallery)), groups, chance[k], seed) for k in ks}
 
 
 def cross_modal_metrics(
@@ -215,7 +215,7 @@ def cross_modal_metrics(
     Args:
         embedding_v: (N, D), unit norm; row n belongs to row n of embedding_a.
         embedding_a: (N, D).
-        groups: N, the video of each row: what is resampled for the intervals.
+        groups: N, the video of each row, or what that was cut from: what is resampled for the intervals.
         ks: numbers of nearest rows.
         seed: of the intervals.
 
