@@ -3,8 +3,8 @@
     python benchmarks/esc10_probe.py --videos FOLDER --esc ESC-50 [--out runs/esc10]
 
 generates videos of sounding objects, cuts them and the videos of FOLDER (which must have sound) into shards, pretrains
-(preset `tiny-sounds`, minutes on two cores), and classifies ESC-10 with tools/classify_audio.py: the trained network,
-the same network with several random weights, and log-mel statistics. Nothing of ESC-50 is seen in pretraining. Each
+(preset `tiny-sounds:within-both`, minutes on two cores), and classifies ESC-10 with tools/classify_audio.py: the trained
+network, the same one with several random weights, and log-mel statistics. Nothing of ESC-50 is seen in pretraining. Each
 step is a command, printed before it runs; a second run takes up what is finished. The figures are in OUT/results.jsonl.
 """
 
@@ -79,7 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     run_step("cut all videos into shards", command)
     ranks = min(2, cores)
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["train.py", "tiny-sounds", "--run-dir", str(out), "--loader.shards", str(out / "shards")]
+    command += [
+        "train.py",
+        "tiny-sounds:within-both",
+        "--run-dir",
+        str(out),
+        "--loader.shards",
+        str(out / "shards"),
+    ]
     command += ["--seed", str(args.seed)]
     if args.steps is not None:
         command += ["--max-steps", str(args.steps)]
