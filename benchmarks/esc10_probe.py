@@ -3,9 +3,9 @@
     python benchmarks/esc10_probe.py --videos FOLDER --esc ESC-50 [--out runs/esc10]
 
 generates videos of sounding objects, cuts them and the videos of FOLDER (which must have sound) into shards, pretrains
-(preset `tiny-sounds:within-both`, minutes on two cores), and classifies ESC-10 with tools/classify_audio.py: the trained
-network, the same one with several random weights, and log-mel statistics. Nothing of ESC-50 is seen in pretraining. Each
-step is a command, printed before it runs; a second run takes up what is finished. The figures are in OUT/results.jsonl.
+(`tiny-sounds:within-both`, minutes on two cores), and classifies ESC-10 with tools/classify_audio.py: the network, the
+same with several random weights, and log-mel statistics. Nothing of ESC-50 is seen in pretraining. Each step is a
+command, printed before it runs; a second run takes up what is finished. The figures are in OUT/results.jsonl.
 """
 
 import argparse
