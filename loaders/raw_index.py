@@ -27,13 +27,15 @@ from shards.schema import CLIP_SECONDS, FPS
 from shards.slicing import HALF_FRAME_SECONDS, TIME_SLACK_SECONDS, Unusable, probe_video
 from shards.sources import Needs, SourceVideo, videos_of_folder, videos_of_kinetics, videos_of_list
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 INDEX_SECONDS = 120.0
 """Reading one video for the index may take so long; then it is left out (`timeout`)."""
 SAVE_SECONDS = 60.0
 """While an index is made, what is known is saved this often: a run that is stopped goes on where it was."""
 OPEN_OPTIONS = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}
 """A video may not make libav open addresses or other files."""
+MPEG4_LEAST_BYTES = 20
+"""Packets of MPEG-4 (part 2) that are smaller hold no picture of their own; libavcodec draws the line there, too."""
 
 log = logging.getLogger(__name__)
 av.logging.set_level(av.logging.PANIC)  # libav prints what it finds odd; here that gives a reason or is right
@@ -369,8 +371,8 @@ def _scan(path: str, needs: Needs) -> dict[str, Any]:
         streams = [container.streams[index] for index in indices]
         for stream in streams:
             stream.codec_context.thread_type = "NONE"
-        times, keyframes, shape = [], [], None
-        untimed = lacks_times(container)
+        times, keyframes, first = [], [], None
+        untimed = by_dts = lacks_times(container)
         video_end, audio_start, audio_end = -math.inf, math.inf, -math.inf
         frame_seconds = 1 / probe.fps if probe.fps > 0 else 1 / FPS
         for packet in read_packets(container, *streams):
@@ -383,32 +385,38 @@ def _scan(path: str, needs: Needs) -> dict[str, Any]:
             if packet.stream_index == probe.audio_stream:
                 audio_start, audio_end = min(audio_start, begin), max(audio_end, end)
                 continue
-            if shape is None:
-                shape = _shape(packet)
-            if packet.is_keyframe:
-                keyframes.append(begin)
+            if first is None:
+                first = _first_picture(packet)
+            if packet.is_keyframe and not is_placeholder(packet):
+                # A search looks for the time of decoding, which without presentation times is all that is there.
+                ticks = packet.dts if by_dts and packet.dts is not None else ticks
+                keyframes.append(float(ticks * packet.time_base) - origin)
             if not packet.is_discard:
                 untimed = untimed or packet.pts is None
                 times.append(begin)
                 video_end = max(video_end, end if packet.duration else begin + frame_seconds)
     ends = []
     if needs != "audio":
-        if not times or not keyframes or shape is None:
+        if not times or not keyframes or first is None:
             raise Unusable("undecodable")
         ends.append(video_end + HALF_FRAME_SECONDS)
     if needs != "video":
         if audio_end < audio_start:
             raise Unusable("no-samples" if needs == "audio" else "too-short")
         ends.append(audio_end + TIME_SLACK_SECONDS)
-    duration = min(ends) - probe.start_seconds
+    start = probe.start_seconds
+    if first is not None and by_dts and first.dts is not None:
+        # Decoders that put pictures in order give the first one late; what is shown then is what there is.
+        start = max(start, float(first.dts * first.time_base) - origin)
+    duration = min(ends) - start
     if duration <= 0:
         raise Unusable("too-short")
     times.sort()
     longest = max((later - earlier for earlier, later in zip(times, times[1:])), default=0.0)
-    rotation, mirrored = shape or (0, False)
+    rotation, mirrored = (0, False) if first is None else _orientation(first)
     return {
         "num_bytes": os.path.getsize(path),
-        "start_seconds": round(probe.start_seconds, 6),
+        "start_seconds": round(start, 6),
         "duration_seconds": math.floor(duration * 1e6) / 1e6,
         "width": probe.width,
         "height": probe.height,
@@ -416,7 +424,7 @@ def _scan(path: str, needs: Needs) -> dict[str, Any]:
         "rotation": rotation,
         "mirrored": mirrored,
         "fps": round(probe.fps, 6),
-        "num_frames": sum(time > probe.start_seconds - frame_seconds / 2 for time in times),
+        "num_frames": sum(time > start - frame_seconds / 2 for time in times),
         "video_stream": probe.video_stream,
         "audio_stream": probe.audio_stream,
         "video_end_seconds": round(video_end, 6) if times else 0.0,
@@ -426,11 +434,18 @@ def _scan(path: str, needs: Needs) -> dict[str, Any]:
     }
 
 
-def _shape(packet: av.Packet) -> tuple[int, bool] | None:
-    """(rotation, mirrored), see IndexedVideo, from the first picture that decodes; None: not from this packet."""
+def is_placeholder(packet: av.Packet) -> bool:
+    """Whether a packet holds no picture although it may be called a key frame: DivX and XviD put two pictures into one
+    packet of an AVI and an empty one after it. A decoder that starts there gives pictures, but not those of the file.
+    """
+    return packet.size < MPEG4_LEAST_BYTES and packet.stream.codec_context.name == "mpeg4"
+
+
+def _first_picture(packet: av.Packet) -> av.VideoFrame | None:
+    """The first picture that decodes; None: not from this packet."""
     try:
         for frame in packet.decode():
-            return _orientation(frame)
+            return frame
     except av.error.FFmpegError:
         pass
     return None

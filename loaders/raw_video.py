@@ -28,6 +28,7 @@ from loaders.raw_index import (
     IndexedVideo,
     VideoIndex,
     index_videos,
+    is_placeholder,
     lacks_times,
     origin_seconds,
     read_packets,
@@ -539,7 +540,7 @@ class _Picture:
         if not self._started:
             if shown is not None and shown > self._bounds[0]:
                 raise _Retry("frame-count")  # the search ended too late
-            if not packet.is_keyframe or shown is None or shown < self._keyframe:
+            if not packet.is_keyframe or is_placeholder(packet) or shown is None or shown < self._keyframe:
                 return False
             self._started = True
         if shown is not None:

@@ -1,6 +1,7 @@
 """Clips of listed files: which, from where, and that decoding a file once for all of them changes nothing."""
 
 import dataclasses
+import math
 import wave
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from loaders.augment import ClipAugmentation, crop_in_source, draw_resized_crop
+from loaders.augment import ClipAugmentation, crop_in_source, draw_resized_crop, scaled_size
 from loaders.batch import ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.listed import ClipSampling, ListedLoader, listed_config
@@ -20,10 +21,12 @@ from shards.sources import SourceVideo, with_hashes
 VIDEO = VideoConfig(short_side=36, crop_size=32)
 
 
-def write_video(path: Path, num_frames: int, *, fps: int = 25, size: tuple[int, int] = (64, 48)) -> None:
+def write_video(
+    path: Path, num_frames: int, *, fps: int = 25, size: tuple[int, int] = (64, 48), **options: str
+) -> None:
     """MPEG-4 in AVI without sound, one key frame, as UCF101 has them. Six bars show the frame's number in binary."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps, options={"g": "300", "qscale": "2"})
+        stream = container.add_stream("mpeg4", rate=fps, options={"g": "300", "qscale": "2", **options})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for number in range(num_frames):
             bits = np.array([200 if number >> bit & 1 else 50 for bit in range(6)], dtype=np.uint8)
@@ -97,6 +100,53 @@ def test_uniform_clips_are_consecutive_frames_from_the_first_to_the_last(folder:
     clips = read_all(open_loader(folder, ["long.avi"], ClipSampling(clips_per_file=4)))
     assert [first_frame(clips["long.avi", slot][0]) for slot in range(4)] == [0, 6, 12, 18]  # 18 + 32 = 50
     assert source_frames(clips["long.avi", 3][0]) == list(range(18, 50))
+
+
+def decoded_from_the_start(path: Path) -> torch.Tensor:
+    """uint8 (frames, 3, 32, 32): all pictures of a file in one go, as the loader scales and cuts them."""
+    with av.open(str(path)) as container:
+        pictures = []
+        for frame in container.decode(video=0):
+            width, height = scaled_size(frame.width, frame.height, VIDEO.short_side)
+            pixels = frame.reformat(width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+            top, left = (height - 32) // 2, (width - 32) // 2
+            pictures.append(torch.from_numpy(pixels[top : top + 32, left : left + 32]))
+    return torch.stack(pictures).permute(0, 3, 1, 2)
+
+
+def check_uniform_clips(folder: Path, name: str) -> None:
+    """The first, the middle and the last clip are 32 consecutive pictures of the file, to the last bit but one."""
+    pictures = decoded_from_the_start(folder / name).float()
+    clips = read_all(open_loader(folder, [name], ClipSampling(clips_per_file=3)))
+    last = len(pictures) - 32
+    for slot, first in enumerate((0, last / 2, last)):
+        found = clips[name, slot][0].permute(1, 0, 2, 3).float()
+        distance = min(
+            (pictures[start : start + 32] - found).abs().mean().item()
+            for start in {math.floor(first), math.ceil(first)}
+        )
+        assert distance < 1, (name, slot)
+
+
+@pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2"}])
+def test_pictures_that_are_stored_in_another_order_are_those_of_the_file(
+    tmp_path: Path, options: dict
+) -> None:
+    write_video(tmp_path / "a.avi", 62, g="12", **options)
+    with av.open(str(tmp_path / "a.avi")) as container:
+        assert container.streams.video[0].codec_context.has_b_frames == (options["bf"] != "0")
+    check_uniform_clips(tmp_path, "a.avi")
+
+
+@pytest.mark.parametrize("dataset", ["ucf101/UCF-101", "hmdb51/hmdb51_org"])
+def test_clips_of_real_action_videos_are_the_pictures_of_the_file(
+    real_data: Path, tmp_path: Path, dataset: str
+) -> None:
+    """HMDB51's are XviD with two pictures in a packet, and empty packets behind them that are called key frames."""
+    paths = sorted((real_data / dataset).rglob("*.avi"))[:6]
+    for number, path in enumerate(paths):
+        (tmp_path / f"{number}.avi").symlink_to(path)
+        check_uniform_clips(tmp_path, f"{number}.avi")
 
 
 def test_clips_as_gdt_places_them_never_reach_the_end(folder: Path) -> None:
