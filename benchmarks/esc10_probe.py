@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--videos", type=Path, required=True, help="folder of real videos with sound")
     add("--esc", type=Path, required=True, help="ESC-50's folder")
     add("--out", type=Path, default=Path("runs/esc10"), help="default: runs/esc10")
-    add("--world-videos", type=int, default=200, help="generated videos beside the real ones (default: 200)")
+    add("--world-videos", type=int, help="generated videos beside the real ones (default: as many as these)")
     add("--steps", type=int, help="of pretraining (default: the preset's)")
     add("--seed", type=int, default=0, help="of pretraining")
     add("--random-networks", type=int, default=3, help="default: 3")
@@ -68,14 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
 
     folders = [videos]
-    if args.world_videos:
+    num_world = len(videos_of_folder(str(videos))) if args.world_videos is None else args.world_videos
+    if num_world:
         world = out / "world"
         command = [python, "tools/make_world.py", "--out", str(world), "--test-videos", "1"]
-        run_step("generate a world", [*command, "--train-videos", str(args.world_videos)])
+        run_step("generate a world", [*command, "--train-videos", str(num_world)])
         folders.append(world / "train")
     write_list(out / "videos.txt", folders)
     command = [python, "tools/make_shards.py", "--videos", "/", "--list", str(out / "videos.txt")]
-    command += ["--out", str(out / "shards"), "--preset", "veryfast", "--max-clips", "30"]
+    command += ["--out", str(out / "shards"), "--preset", "veryfast", "--max-clips", "60"]
     run_step("cut all videos into shards", command)
     ranks = min(2, cores)
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
