@@ -119,7 +119,8 @@ def fit_linear_probe(
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
         # A constant column has a spread of rounding errors at most, which is not to be blown up.
         scale[scale <= 1e-9 * np.maximum(1.0, np.abs(mean))] = 1.0
-    rows = (rows - mean) / scale
+    rows = rows - mean
+    rows /= scale  # in place: 2 GB for ESC-50's maps
     rotation = None
     if rows.shape[1] > rows.shape[0]:
         # Weights of an L2-regularised classifier lie in the span of its rows: fitting them in coordinates of that
