@@ -1,6 +1,6 @@
 """Does pretraining here teach anything about real sounds? A linear probe on ESC-10, beside random weights and log-mel.
 
-    python benchmarks/esc10_probe.py --videos FOLDER --esc ESC-50 [--out runs/esc10]
+    python benchmarks/esc10_probe.py --videos FOLDER --esc ESC-50 [--out runs/esc10] [-- OPTIONS OF TRAIN.PY]
 
 generates videos of sounding objects, cuts them and the videos of FOLDER (which must have sound) into shards, pretrains
 (`tiny-sounds:within-both`, minutes on two cores), and classifies ESC-10 with tools/classify_audio.py: the network, the
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of pretraining")
     add("--random-networks", type=int, default=3, help="default: 3")
     add("--features", nargs="+", default=["map"], help="see tools/classify_audio.py (default: map)")
+    add("options", nargs="*", help="after --: for train.py, such as -- --loss.negatives batch")
     args = parser.parse_args(argv)
     out, videos, esc = (path.expanduser().resolve() for path in (args.out, args.videos, args.esc))
     python, cores = sys.executable, usable_cores()
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     command += ["--seed", str(args.seed)]
     if args.steps is not None:
         command += ["--max-steps", str(args.steps)]
+    command += args.options
     run_step("pretrain", command, OMP_NUM_THREADS="1")
     command = [python, "-m", "tools.classify_audio", str(out), "--dataset", "esc10", "--data", str(esc)]
     command += ["--out", str(out / "evaluation"), "--results", str(out / "results.jsonl")]
