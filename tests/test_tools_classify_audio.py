@@ -163,6 +163,14 @@ def test_network_random_weights_and_log_mel_statistics_are_compared_on_the_same_
         assert len(difference.per_fold) == 2
 
 
+def test_fresh_weights_are_not_compared_with_themselves(run_folder: Path) -> None:
+    arguments = [f"random:{run_folder}", "--dataset", "esc10", "--data", "esc", "--device", "cpu"]
+    args = classify_audio.parse([*arguments, "--random-networks", "2", "--random-seed", "5"])
+    networks = classify_audio.open_networks(args)
+    assert list(networks) == ["trained", "random 6", "random 7"]
+    assert len({network.digest for network in networks.values()}) == 3
+
+
 def test_a_killed_run_goes_on_where_it_was(
     esc: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

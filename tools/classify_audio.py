@@ -127,7 +127,9 @@ def open_networks(args: argparse.Namespace) -> dict[str, Encoders]:
     """`trained` (the network asked for) and `random N`, N being the seed of its weights."""
     networks = {TRAINED: open_encoders(args)}
     path = args.checkpoint.removeprefix(RANDOM)
-    for seed in range(args.random_seed, args.random_seed + args.random_networks):
+    # A network of fresh weights is compared with others, not with itself.
+    first = args.random_seed + args.checkpoint.startswith(RANDOM)
+    for seed in range(first, first + args.random_networks):
         networks[f"random {seed}"] = load(path, choose_device(args), random_seed=seed)
     return networks
 
@@ -345,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         evaluate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail("classify_audio", error)
     return 0
 
