@@ -13,9 +13,9 @@ that nothing in sight sounds (`detection`).
 
 What the network sees. Stills are squashed: the whole image is scaled to the network's square, as in the code of EZ-VSL
 and SLAVC (--fit crop: scaled to the short side and cut, and boxes with it; LVS's code cuts the image but compares with
-boxes of the whole one). Its second of sound is shorter than theirs (--clip-seconds 3). Videos and shards keep their aspect and the
-center is cut out, as in training, and boxes are cut with it; how much of the ground truth is lost by that is told, and
-a sample whose source is not in sight at all is left out and counted.
+boxes of the whole one). Its second of sound is shorter than theirs (--clip-seconds 3). Videos and shards keep their
+aspect and the center is cut out, as in training, and boxes are cut with it; how much of the ground truth is lost by
+that is told, and a sample whose source is not in sight at all is left out and counted.
 
 Maps are kept below --out: a run that was killed goes on where it was, and another --threshold asks no network.
 """
