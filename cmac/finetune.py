@@ -27,7 +27,7 @@ from cmac.encoders import R2Plus1D, VideoEncoderConfig
 from cmac.kernels.check import resolve_compute
 from cmac.norm import build_norm_layers
 from cmac.optim import OptimizerConfig, build_optimizer
-from cmac.pretrain import record_bad_clips, resolve_precision
+from cmac.pretrain import record_bad_clips, resolve_precision, timed_batches
 from cmac.provenance import git_commit
 from cmac.run_log import Row, RunLog
 from cmac.step import autocast, check_device
@@ -769,13 +769,7 @@ def check_same_run(saved: dict[str, Any], config: FinetuneConfig, path: Path) ->
 def _train_epoch(training: Finetuning, loader: Loader, folder: Path, log: RunLog, meter: "_Meter") -> None:
     """The rest of the loader's epoch; logs and saves."""
     config = training.config
-    batches = iter(loader)
-    while True:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        meter.wait_seconds += time.perf_counter() - started
-        if batch is None:
-            return
+    for batch in timed_batches(loader, meter):
         record_bad_clips(folder / "bad_clips.jsonl", batch)
         training.bad_clips.update(record.reason for record in batch.bad)
         meter.add(training.train_step(batch), batch)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -225,7 +226,7 @@ def run(training: Pretraining, loader: Loader) -> None:
     meter = _Meter(training)
     try:
         while training.step < training.total_steps:
-            for batch in _timed(loader, meter):
+            for batch in timed_batches(loader, meter):
                 record_bad_clips(run_dir / "bad_clips.jsonl", batch)
                 output = training.train_step(batch)
                 meter.add(output, batch)
@@ -306,7 +307,13 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def _timed(loader: Loader, meter: "_Meter") -> Iterator[ClipBatch]:
+class WaitMeter(Protocol):
+    """Counts what a training waits for its data."""
+
+    wait_seconds: float
+
+
+def timed_batches(loader: Loader, meter: WaitMeter) -> Iterator[ClipBatch]:
     """The loader's batches; the time spent waiting for each goes to the meter."""
     batches = iter(loader)
     while True:

@@ -47,9 +47,9 @@ from tools.common import (
     add_common_arguments,
     choose_device,
     count_skipped,
-    fail,
     open_encoders,
     report,
+    run,
     say,
 )
 
@@ -345,11 +345,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 when the results were written."""
     args = parse(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        return fail("classify_audio", error)
-    return 0
+    return run("classify_audio", lambda: evaluate(args))
 
 
 if __name__ == "__main__":

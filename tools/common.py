@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -142,3 +142,12 @@ def fail(command: str, error: Exception) -> int:
     """Print what is wrong; the exit status."""
     print(f"{command}: {error}", file=sys.stderr)
     return 1
+
+
+def run(command: str, evaluate: Callable[[], object]) -> int:
+    """Do what a command is for; its exit status. What its user can mend is told in a line."""
+    try:
+        evaluate()
+    except (ValueError, OSError) as error:
+        return fail(command, error)
+    return 0

@@ -30,7 +30,7 @@ from cmac.evaluation.probe import C_GRID, LinearProbe, fit_linear_probe, source_
 from cmac.evaluation.results import Metric, Result, stamp
 from loaders.datasets import DATASETS, ClassificationSplit, read_split
 from loaders.listed import ClipSampling
-from tools.common import add_common_arguments, count_skipped, fail, report
+from tools.common import add_common_arguments, count_skipped, report, run
 from tools.finetune import describe_split, split_counts, split_metrics
 from tools.retrieve import (
     TRAINED,
@@ -284,11 +284,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 when the results were written."""
     args = parse(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        return fail("linear_probe", error)
-    return 0
+    return run("linear_probe", lambda: evaluate(args))
 
 
 if __name__ == "__main__":

@@ -77,9 +77,9 @@ from tools.common import (
     add_common_arguments,
     choose_device,
     count_skipped,
-    fail,
     open_encoders,
     random_encoders,
+    run,
     say,
 )
 from tools.evaluate_demo import evaluation_loader_config
@@ -660,12 +660,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 when the figures were written."""
     args = build_parser().parse_args(argv)
-    try:
+
+    def evaluate() -> None:
         check_arguments(args)
         localise(args, Console(width=None if sys.stdout.isatty() else 140))
-    except (ValueError, OSError) as error:
-        return fail("localise", error)
-    return 0
+
+    return run("localise", evaluate)
 
 
 if __name__ == "__main__":

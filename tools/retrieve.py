@@ -53,10 +53,10 @@ from tools.common import (
     add_common_arguments,
     choose_device,
     count_skipped,
-    fail,
     open_encoders,
     random_encoders,
     report,
+    run,
     say,
 )
 
@@ -496,11 +496,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 when the results were written."""
     args = parse(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        return fail("retrieve", error)
-    return 0
+    return run("retrieve", lambda: evaluate(args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cmac.evaluation import pictures
 from cmac.evaluation.charts import Line, line_chart, smooth
@@ -23,6 +22,7 @@ from cmac.evaluation.demo import (
     column,
 )
 from cmac.evaluation.localisation import band_rows, mel_center_hz
+from cmac.evaluation.pages import page_environment
 from cmac.evaluation.videos import encode_mp4, overlay_panels
 from cmac.evaluation.world import Evaluation, PlacedClip, place_clips
 from loaders.config import AudioConfig
@@ -367,19 +367,11 @@ def build_report(
     grid = build_grid(evaluation, choose_shown(evaluation, PERCENTILES_SHOWN), read_media, audio)
     played = build_played(evaluation, choose_shown(evaluation, PERCENTILES_PLAYED), read_media)
     figures = figure_rows(metrics)
-    environment = Environment(
-        loader=PackageLoader("cmac.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(
         percent=percent,
         duration=duration,
         jpeg=lambda picture: pictures.data_uri(pictures.encode_jpeg(picture), "image/jpeg"),
-        jpeg_uri=lambda content: pictures.data_uri(content, "image/jpeg"),
-        mp4_uri=lambda content: pictures.data_uri(content, "video/mp4"),
     )
     page = environment.get_template("report.html.j2").render(
         context=context,

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
 from cmac.evaluation import pictures
 from cmac.evaluation.boxes import FPS
+from cmac.evaluation.pages import page_environment
 
 Kind = Literal["guided", "predicted"]
 KINDS: tuple[Kind, ...] = ("guided", "predicted")
@@ -421,18 +421,8 @@ def build_page(
         facts: what was run: (name, value).
         left_out: which videos are not in it and why, a sentence each.
     """
-    environment = Environment(
-        loader=PackageLoader("cmac.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        csp_hash=_csp_hash,
-        jpeg_uri=lambda content: pictures.data_uri(content, "image/jpeg"),
-        mp4_uri=lambda content: pictures.data_uri(content, "video/mp4"),
-    )
+    environment = page_environment()
+    environment.filters["csp_hash"] = _csp_hash
     return environment.get_template("viewer.html.j2").render(
         videos=videos,
         layouts=[asdict(video.layout) for video in videos],
