@@ -31,6 +31,7 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/make_shards.py
 	$(VENV)/bin/python benchmarks/loader_throughput.py
 	$(VENV)/bin/python benchmarks/loader_memory.py
+	$(VENV)/bin/python benchmarks/feature_extraction.py
 	$(VENV)/bin/python benchmarks/convolutions.py
 	$(VENV)/bin/python benchmarks/losses.py
 	$(VENV)/bin/python benchmarks/train_step.py
