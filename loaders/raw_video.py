@@ -80,7 +80,7 @@ av.logging.set_level(av.logging.PANIC)  # libav prints what it finds odd; here t
 
 @dataclass(frozen=True, kw_only=True)
 class RawSecond:
-    """One clip: usually a second."""
+    """One clip."""
 
     info: ClipInfo
     """As a shard would have it, but for `source_crop`, which is the whole picture, `frame_width` and
@@ -142,9 +142,6 @@ class RawVideoReader:
         *,
         short_side: int,
         frame_indices: Sequence[int] = tuple(range(FRAMES_PER_CLIP)),
-        frame_seconds: float = 1 / FPS,
-        clip_seconds: float = CLIP_SECONDS,
-        scaled: tuple[int, int] | None = None,
         window: tuple[int, int, int, int] | None = None,
         out: np.ndarray | None = None,
         slot: int = 0,
@@ -158,10 +155,7 @@ class RawVideoReader:
             position: of the video in the index.
             start_seconds: on the source's clock, which starts with the container (`start_seconds()` draws one).
             short_side: frames are scaled to this short side, pixels, aspect kept.
-            frame_indices: which of the output frames, ascending.
-            frame_seconds: from one output frame to the next, in place of 1/32.
-            clip_seconds: how much sound is read.
-            scaled: (width, height) that frames are scaled to, in place of short_side and the aspect.
+            frame_indices: which of the 32 frames, ascending.
             window: (top, left, height, width) of the scaled frame to keep; None: all of it.
             out: uint8 (T, height, width, 3), contiguous, to write to and return.
             slot: see `key`.
@@ -172,21 +166,21 @@ class RawVideoReader:
                 where more than 31 ms of sound are missing at either end. out then holds anything.
         """
         assert list(frame_indices) == sorted(set(frame_indices)), frame_indices
-        bounds = tuple(start_seconds + (i + 0.5) * frame_seconds - EPSILON_SECONDS for i in frame_indices)
-        last = start_seconds + (FRAMES_PER_CLIP - 0.5) * frame_seconds - EPSILON_SECONDS
-        canvas, samples = self.read_bounds(
+        bounds = tuple(start_seconds + (i + 0.5) / FPS - EPSILON_SECONDS for i in frame_indices)
+        last = start_seconds + (FRAMES_PER_CLIP - 0.5) / FPS - EPSILON_SECONDS
+        frames, samples = self.read_bounds(
             position,
             bounds,
             start_seconds,
-            clip_seconds,
+            CLIP_SECONDS,
             last_bound=last,
-            scaled=scaled or scaled_size(*self.frame_size(position), short_side),
+            scaled=scaled_size(*self.frame_size(position), short_side),
             window=window,
             out=out,
             key=self.key(position, slot),
         )
-        info = self.describe(position, start_seconds, clip_seconds, slot, samples)
-        return RawSecond(info=info, frames=canvas, waveform=samples.astype(np.float32) / np.float32(32768))
+        info = self.describe(position, start_seconds, CLIP_SECONDS, slot, samples)
+        return RawSecond(info=info, frames=frames, waveform=samples.astype(np.float32) / np.float32(32768))
 
     def read_bounds(
         self,

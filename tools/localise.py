@@ -87,7 +87,6 @@ from tools.evaluate_demo import evaluation_loader_config
 DATASETS = ("flickr-soundnet", "vggss", "world")
 TRAINED, RANDOM = "trained", "random weights"
 MAPS = ("guided", "predicted")
-BASELINES = ("whole-image", "center", "random")
 VERSION = 1
 """Of what is kept; raised whenever the same options would give other maps."""
 
