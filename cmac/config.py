@@ -44,7 +44,20 @@ class RunConfig:
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest checkpoint in run_dir; `never` refuses a folder that has one."""
+    """`auto` goes on from the newest checkpoint in run_dir that is whole; `never` refuses a folder that has one."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is not finite: `stop` ends the run, `skip` leaves such steps out, for which every step waits for the
+    device. Either way the keys of the batch are saved in run_dir/nonfinite/."""
+    max_skipped_steps: int = 10
+    """With `skip`: the run stops when it has left out more steps than this."""
+    hang_seconds: float = 1800.0
+    """A rank that takes no step for so long writes the stacks of all its threads to run_dir/stacks/ and ends, so that
+    torchrun can start all ranks again; 0 waits for ever."""
+    gradient_norms_every: int = 100
+    """Steps from one measurement of the gradient norms of both losses apart to the next, which costs about as much as
+    a step; 0 for never."""
+    wandb_project: str = ""
+    """Project of Weights & Biases that rows are sent to as well; needs `pip install cmac[wandb]`."""
     loader: LoaderConfig
     """What is read and how."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -62,9 +75,11 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}, expected at least 1")
-        for name in ("seed", "cpu_threads"):
+        for name in ("seed", "cpu_threads", "max_skipped_steps", "hang_seconds", "gradient_norms_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.nonfinite not in ("stop", "skip"):
+            raise ValueError(f"nonfinite is {self.nonfinite!r}, expected stop or skip")
         if not self.run_dir:
             raise ValueError("run_dir is empty, expected the folder that this run writes to")
         needs_second = self.loss.positives != "cross"

@@ -25,9 +25,10 @@ from cmac.checkpoint import list_checkpoints, read_state, save_checkpoint
 from cmac.compute import ComputeConfig
 from cmac.encoders import R2Plus1D, VideoEncoderConfig
 from cmac.kernels.check import resolve_compute
+from cmac.meter import timed_batches
 from cmac.norm import build_norm_layers
 from cmac.optim import OptimizerConfig, build_optimizer
-from cmac.pretrain import record_bad_clips, resolve_precision, timed_batches
+from cmac.pretrain import record_bad_clips, resolve_precision
 from cmac.provenance import git_commit
 from cmac.run_log import Row, RunLog
 from cmac.step import autocast, check_device
