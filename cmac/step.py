@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +32,9 @@ class TrainingStep:
         device: where this rank computes.
         precision: of the encoders; fp16 scales the loss.
         channels_last: keep weights and activations channels-last.
+        skip_nonfinite: a step whose loss or gradients are not finite on any rank changes nothing but the count
+            `skipped_steps`; every step then waits for the device. With fp16 gradients may overflow, which loss scaling
+            deals with, so there only the loss is looked at.
 
     Raises:
         ValueError: the options do not go together, or the machine lacks what one needs.
@@ -44,10 +48,13 @@ class TrainingStep:
         device: torch.device | str,
         precision: Precision = "fp32",
         channels_last: bool = True,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.precision = precision
         self.compute = model.compute
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped_steps = 0
         self._check(model)
         model = model.to(self.device)
         if model.config.batch_norm == "sync" and num_ranks() > 1:
@@ -85,6 +92,11 @@ class TrainingStep:
             raise ValueError(
                 f"compute.cuda_graph is True on {self.device.type} with {num_ranks()} rank(s) and precision "
                 f"{self.precision}; it needs one CUDA device and bf16 or fp32: leave it out here"
+            )
+        if self.skip_nonfinite:
+            raise ValueError(
+                "compute.cuda_graph is True and nonfinite is 'skip', which decides on the host in each step; use "
+                "nonfinite 'stop', or leave the graph out"
             )
 
     def __call__(
@@ -125,6 +137,7 @@ class TrainingStep:
         return self._run(inputs, shuffles)
 
     def _run(self, inputs: dict[str, Tensor], shuffles: tuple[KeyShuffle, ...]) -> StepOutput:
+        before = self._changed_by_forward() if self.skip_nonfinite else None
         if self.model.loss_config.contrastive:
             self.momentum_update.step()
         second = None
@@ -135,6 +148,12 @@ class TrainingStep:
                 inputs["frames"], inputs["log_mel"], inputs["video_ids"], inputs["valid"], shuffles, second
             )
         self.scaler.scale(output.loss).backward()
+        if before is not None and not self._is_finite(output.loss):
+            for tensor, value in before:
+                tensor.copy_(value)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.skipped_steps += 1
+            return dataclasses.replace(output, loss=output.loss.detach())
         if self.clip_gradient_norm > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_gradient_norm)
@@ -144,6 +163,24 @@ class TrainingStep:
         self.model.enqueue(output)
         # Whoever keeps the loss is not to keep the graph behind it.
         return dataclasses.replace(output, loss=output.loss.detach())
+
+    def _changed_by_forward(self) -> list[tuple[Tensor, Tensor]]:
+        """What a step changes before its loss is known, with copies: key encoders and batch-norm statistics."""
+        model = self.model
+        queues = {id(buffer) for queue in (model.queue_v, model.queue_a) for buffer in queue.buffers()}
+        tensors = [*model.momentum_pairs()[1], *(b for b in model.buffers() if id(b) not in queues)]
+        return [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        """Whether all ranks may take this step; the same on all. Waits for the device."""
+        finite = torch.isfinite(loss.detach())
+        if self.precision != "fp16":
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            finite = finite & torch.isfinite(nn.utils.get_total_norm(gradients))
+        finite = finite.int()
+        if num_ranks() > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite.item())
 
     def state_dict(self) -> dict:
         """Model with queues and key encoders, optimizer, loss scaler."""

@@ -379,3 +379,31 @@ def test_synchronized_batch_norms_take_the_places_and_the_state_of_ours():
     one, other = model.encode(frames, log_mel), synchronized.encode(frames, log_mel)
     torch.testing.assert_close(one.embedding_v, other.embedding_v)
     torch.testing.assert_close(one.predicted_a, other.predicted_a)
+
+
+@pytest.mark.parametrize("culprit", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_without_a_trace(culprit, monkeypatch):
+    """Parameters, key encoders, batch-norm statistics, queues and optimizer state stay bit for bit."""
+    torch.manual_seed(0)
+    trainer = TrainingStep(CMAC(TINY, LOSS, compute=REFERENCE), SGD, device="cpu", skip_nonfinite=True)
+    train(trainer, 2)
+    before = copy.deepcopy(trainer.state_dict())
+    frames, log_mel, ids, valid = batch(2)
+    weight = next(trainer.model.heads.parameters())
+    hook = None
+    if culprit == "loss":
+        log_mel[0] = math.inf
+    else:
+        hook = weight.register_hook(lambda gradient: gradient * math.nan)
+    shuffled = {"learning_rate": LEARNING_RATE, "shuffle_seed": 2}
+    output = trainer(frames, log_mel, ids, valid, **shuffled)
+    assert trainer.skipped_steps == 1 and math.isfinite(output.loss.item()) == (culprit == "gradient")
+    after = trainer.state_dict()
+    for state in (before, after):
+        del state["optimizer"]["param_groups"]  # the learning rate is set anew for each step
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=False)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    if hook is not None:
+        hook.remove()
+    assert math.isfinite(trainer(*batch(2), **shuffled).loss.item()) and trainer.skipped_steps == 1
+    assert not torch.equal(trainer.state_dict()["model"]["queue_v.keys"], before["model"]["queue_v.keys"])
