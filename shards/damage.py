@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import av
 
-from shards.ffmpeg import FORMATS, PROTOCOLS
+from shards.media import SourceLimits, Unusable, open_media
 
 AUDIO_GAP_SECONDS = 0.05
 """A hole in the sound of a damaged file is damage from this length on."""
@@ -15,7 +15,9 @@ VIDEO_GAP_SECONDS = 0.5
 Span = tuple[float, float]
 
 
-def find_damage(path: str, video_stream: int, audio_stream: int, read_seconds: float) -> list[Span]:
+def find_damage(
+    path: str, video_stream: int, audio_stream: int, read_seconds: float, limits: SourceLimits
+) -> list[Span]:
     """(start, end) in seconds after the start of the container, not sorted, may overlap. Only for files in
     which ffmpeg reported errors: the file is decoded once more, strictly.
 
@@ -23,14 +25,13 @@ def find_damage(path: str, video_stream: int, audio_stream: int, read_seconds: f
     missing, and in the picture from there to the next key frame. Raises nothing for what is in the file.
     """
     spans: list[Span] = []
-    options = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}
     try:
-        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+        with open_media(path, limits) as container:
             origin = (container.start_time or 0) / av.time_base
             streams = {index: container.streams[index] for index in (video_stream, audio_stream)}
             for stream in streams.values():
                 stream.codec_context.thread_type = "NONE"
-                stream.codec_context.options = {"err_detect": "explode"}
+                stream.codec_context.options |= {"err_detect": "explode"}
             last_end: dict[int, float] = {}
             bad_picture: Span | None = None
             for packet in _packets(container, list(streams.values())):
@@ -58,7 +59,7 @@ def find_damage(path: str, video_stream: int, audio_stream: int, read_seconds: f
                     bad_picture = (min(first, start), max(last, end))
             if bad_picture is not None:
                 spans.append((bad_picture[0], float("inf")))
-    except (av.error.FFmpegError, OSError, ValueError, IndexError):
+    except (av.error.FFmpegError, OSError, ValueError, IndexError, ArithmeticError, Unusable):
         spans.append((0.0, float("inf")))
     return spans
 

@@ -1,10 +1,14 @@
 """The ffmpeg program: where it is, the command that slices a video, and running it without trusting it."""
 
+import contextlib
 import functools
+import math
 import os
+import select
 import shutil
-import signal
 import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +16,22 @@ from pathlib import Path
 import ffmpeg
 import imageio_ffmpeg
 
+from shards.media import FORMATS, PROTOCOLS
 from shards.schema import FPS, FRAMES_PER_CLIP, SAMPLE_RATE
 
-PROTOCOLS = "file,pipe"
-"""A video may not make ffmpeg open addresses."""
-FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,mpegts,mpeg,asf,asf_o,ogg,rm,mxf,nut,wtv,dv,"
-    "mp3,wav,aac,flac"
-)
-"""Containers that are read. A playlist (HLS, concat, ...) could make ffmpeg read other files, so none is
-among them."""
+if sys.platform == "linux":
+    import resource
+
 AUDIO_FILE = "audio.raw"
 VIDEO_PATTERN = "video%04d.mp4"
 SOURCE = "<source>"
-FULL_DISK = "No space left on device"
+FULL_DISK = ("No space left on device", "Disk quota exceeded")
+NO_MEMORY = ("Cannot allocate memory", "malloc failed")
+"""What ffmpeg and x264 print when they get none."""
+MAX_ERROR_CHARACTERS = 4000
+"""Of what a program prints, the last part is kept."""
+_LAST_BYTES = 2**16
+"""And looked through for what is said of disk and memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,12 @@ class SliceCommand:
     """Start of the first second, on the clock that starts with the container."""
     read_seconds: float
     """Nothing later than this is read."""
+    origin_seconds: int = 0
+    """The audio file starts there."""
+    seek: bool = False
+    """Jump to `origin_seconds` in place of decoding what is before. Only for formats that can do so exactly."""
+    max_pixels: int = 2**31 - 1
+    """What the decoder takes of a frame."""
     seconds: tuple[int, ...] | None
     """Which seconds after `start_seconds` become clips, ascending; None: all."""
     scaled_size: tuple[int, int]
@@ -56,20 +68,24 @@ class SliceCommand:
         """Command line, for a working folder in which it leaves `VIDEO_PATTERN` per clip and `AUDIO_FILE`.
 
         Frame k of the output shows the source at start_seconds + k/32 (the frame nearest in time). The audio
-        file holds raw 16-bit mono samples at 24 kHz from the start of the container on, silence filled in
-        where a stream starts late or has holes, so that sample n is at n/24000 s on the same clock.
+        file holds raw 16-bit mono samples at 24 kHz from `origin_seconds` on, silence filled in where a stream
+        starts late or has holes, so that sample n is at origin_seconds + n/24000 s on the same clock.
         """
+        # After a jump, times count from where it went.
+        base = self.origin_seconds if self.seek else 0
         source = ffmpeg.input(
             SOURCE,
             threads=1,
             protocol_whitelist=PROTOCOLS,
             format_whitelist=FORMATS,
-            t=f"{self.read_seconds:.6f}",
+            max_pixels=self.max_pixels,
+            t=f"{self.read_seconds - base:.6f}",
+            **({"ss": str(base)} if base else {}),
         )
         video = source[str(self.video_stream)]
         if self.scale_first:
             video = self._scale(video)
-        video = video.filter("fps", fps=FPS, start_time=f"{self.start_seconds:.6f}", round="near")
+        video = video.filter("fps", fps=FPS, start_time=f"{self.start_seconds - base:.6f}", round="near")
         if self.seconds is not None and self.seconds != tuple(range(len(self.seconds))):
             video = video.filter(
                 "select", "+".join(f"eq(floor(n/{FRAMES_PER_CLIP}),{k})" for k in self.seconds)
@@ -91,7 +107,9 @@ class SliceCommand:
                 color_trc="smpte170m",
             )
         )
-        limit = {} if self.seconds is None else {"frames:v": FRAMES_PER_CLIP * len(self.seconds)}
+        # Without a choice there are no more than this, whatever the times in the file.
+        most = math.ceil(self.read_seconds - self.start_seconds) + 2
+        num_seconds = most if self.seconds is None else len(self.seconds)
         video_output = ffmpeg.output(
             video,
             VIDEO_PATTERN,
@@ -115,8 +133,8 @@ class SliceCommand:
                 "segment_time_delta": 0.015,
                 "reset_timestamps": 1,
                 "map_metadata": -1,
+                "frames:v": FRAMES_PER_CLIP * num_seconds,
             },
-            **limit,
         )
         # rematrix_maxval: otherwise the gain of a mix to mono depends on the sample format. min_hard_comp:
         # time stamps that are further off than this (0.1 s by default) are followed; it must be below one
@@ -131,6 +149,8 @@ class SliceCommand:
             )
             .filter("aformat", sample_fmts="s16", channel_layouts="mono")
         )
+        if self.origin_seconds > base:
+            audio = audio.filter("atrim", start_sample=(self.origin_seconds - base) * SAMPLE_RATE)
         audio_output = ffmpeg.output(audio, AUDIO_FILE, f="s16le", **{"c:a": "pcm_s16le"})
         command = ffmpeg.merge_outputs(video_output, audio_output).global_args(
             *"-nostdin -hide_banner -loglevel error -filter_threads 1 -filter_complex_threads 1".split()
@@ -157,6 +177,10 @@ class Finished:
     return_code: int
     errors: str
     """What it printed, the last 4,000 characters."""
+    full_disk: bool = False
+    """Whether it printed that the disk is full."""
+    no_memory: bool = False
+    """Whether it printed that it got no memory."""
 
 
 class FfmpegTimeout(Exception):
@@ -210,13 +234,47 @@ def ffmpeg_version(program: str) -> str:
     return done.stdout.decode("utf-8", "replace").splitlines()[0].partition(" Copyright")[0]
 
 
-def run_ffmpeg(command: Sequence[str], folder: Path, timeout_seconds: float) -> Finished:
+def run_ffmpeg(
+    command: Sequence[str],
+    folder: Path,
+    timeout_seconds: float,
+    *,
+    max_memory_bytes: int | None = None,
+    max_file_bytes: int | None = None,
+) -> Finished:
     """Run a command in `folder`, in a session of its own (the terminal's Ctrl-C does not reach it).
+
+    Args:
+        max_memory_bytes: of its address space (on Linux); allocations beyond it fail.
+        max_file_bytes: of each file that it writes (on Linux); it is killed where one becomes larger.
 
     Raises:
         FfmpegTimeout: it was killed after `timeout_seconds`.
         OSError: the disk is full.
     """
+    limits = {
+        "RLIMIT_AS": max_memory_bytes,
+        "RLIMIT_FSIZE": max_file_bytes,
+        "RLIMIT_CORE": 0,
+        # It outlives a worker that is killed, but not for long. It has no more than four threads at work.
+        "RLIMIT_CPU": math.ceil(4 * timeout_seconds),
+    }
+    for _ in range(2):
+        finished = _run_once(command, folder, timeout_seconds, limits)
+        if not finished.full_disk:
+            break
+        if _is_full(folder):
+            raise OSError(
+                f"{folder}: {FULL_DISK[0]}; make room and run the same command again, it goes on where it stopped"
+            )
+        # There was room again a moment later; or these words are in the file.
+    return finished
+
+
+def _run_once(
+    command: Sequence[str], folder: Path, timeout_seconds: float, limits: dict[str, int | None]
+) -> Finished:
+    deadline = time.monotonic() + timeout_seconds
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -226,18 +284,51 @@ def run_ffmpeg(command: Sequence[str], folder: Path, timeout_seconds: float) -> 
         start_new_session=True,
     )
     try:
-        _, errors = process.communicate(timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        raise FfmpegTimeout(f"killed after {timeout_seconds} s") from None
+        if sys.platform == "linux":
+            # Not between fork and exec, where nothing of Python is safe: it has opened no file yet when this is set.
+            with contextlib.suppress(ProcessLookupError):
+                for name, value in limits.items():
+                    if value is not None:
+                        resource.prlimit(process.pid, getattr(resource, name), (value, value))
+        assert process.stderr is not None
+        poll = select.poll()
+        poll.register(process.stderr, select.POLLIN)
+        errors = b""  # only its end is kept, whatever a file makes a program print
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(1000 * left):
+                raise FfmpegTimeout(f"killed after {timeout_seconds} s")
+            data = os.read(process.stderr.fileno(), 2**16)
+            if not data:
+                break
+            errors = (errors + data)[-_LAST_BYTES:]
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.01))
+        except subprocess.TimeoutExpired:
+            raise FfmpegTimeout(f"killed after {timeout_seconds} s") from None
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
         if process.stderr is not None:
             process.stderr.close()
     text = errors.decode("utf-8", "replace")
-    if FULL_DISK in text:
-        raise OSError(
-            f"{folder}: {FULL_DISK}; make room and run the same command again, it goes on where it stopped"
-        )
-    return Finished(return_code=process.returncode, errors=text[-4000:])
+    return Finished(
+        return_code=process.returncode,
+        errors=text[-MAX_ERROR_CHARACTERS:],
+        full_disk=any(words in text for words in FULL_DISK),
+        no_memory=any(words in text for words in NO_MEMORY),
+    )
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether the disk that a folder is on takes no more."""
+    path = folder / "room"
+    try:
+        path.write_bytes(bytes(2**20))
+    except OSError:
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return False

@@ -10,18 +10,19 @@ promise, a second one takes what is there.
 
 import io
 import math
+import signal
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import av
-import av.logging
 import numpy as np
 
 from shards.damage import find_damage
-from shards.ffmpeg import AUDIO_FILE, FORMATS, PROTOCOLS, FfmpegTimeout, SliceCommand, run_ffmpeg
+from shards.ffmpeg import AUDIO_FILE, FfmpegTimeout, Finished, SliceCommand, run_ffmpeg
+from shards.media import SourceLimits, Unusable, bounded_memory, open_media
 from shards.order import hash_fraction, shuffled
 from shards.schema import (
     FPS,
@@ -40,6 +41,12 @@ TIME_SLACK_SECONDS = 1e-4
 """For comparing times that are sums of rounded ones."""
 MAX_PROBE_PACKETS = 500
 """The first frame is looked for in so many packets."""
+CUT_SLACK_SECONDS = 1.0
+"""A file that is longer than the window asked for by no more than this is that window already."""
+SEEK_MARGIN_SECONDS = 12
+"""Reading begins so long before a window that starts late in a file: decoders and filters are right by then."""
+EXACT_FORMATS = ("mov", "matroska")
+"""Formats with an index of times, in which a jump ends where it should; others are decoded from their start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +116,10 @@ class VideoProbe:
     video_end_seconds: float | None
     """None if the header does not tell."""
     audio_end_seconds: float | None
+    format_name: str = ""
+    """Of the container, as libav calls it."""
 
-    def promised_seconds(self, max_seconds: int) -> float | None:
+    def promised_seconds(self, max_seconds: float) -> float | None:
         """How long picture and sound last together by the header, from `start_seconds` on; None if it does
         not tell.
 
@@ -140,14 +149,6 @@ class SlicedVideo:
     frame_size: tuple[int, int] = (0, 0)
 
 
-class Unusable(Exception):
-    """The video gives no clips; the argument is the reason, a short slug."""
-
-    @property
-    def reason(self) -> str:
-        return self.args[0]
-
-
 def slice_video(
     path: str,
     video_id: str,
@@ -156,6 +157,9 @@ def slice_video(
     program: str,
     timeout_seconds: float,
     work_folder: str | None = None,
+    *,
+    window: tuple[float, float] | None = None,
+    limits: SourceLimits | None = None,
 ) -> SlicedVideo:
     """Clips of one video. Never raises for what is in the file.
 
@@ -166,17 +170,46 @@ def slice_video(
         program: ffmpeg, see `find_ffmpeg`.
         timeout_seconds: for each pass.
         work_folder: for temporary files; default: the system's.
+        window: (start, end), seconds after the start of the container: only what is between is used, and
+            `max_seconds` counts from its start. A file that is not longer than that (and a second) has been cut
+            already and is used whole. `outside-window` where the file ends before the window starts.
+        limits: on what the file may ask of the machine; None: the default ones.
 
     Raises:
         OSError: the disk is full or the work folder is gone.
     """
+    limits = limits or SourceLimits()
     try:
-        probe = probe_video(path)
-        return _slice_probed(path, video_id, seed, settings, program, timeout_seconds, work_folder, probe)
+        with bounded_memory(limits.max_memory_bytes):
+            probe = probe_video(path, limits=limits)
+            if window is not None:
+                window = None if _is_cut_already(path, probe, window) else window
+            return _slice_probed(
+                path, video_id, seed, settings, program, timeout_seconds, work_folder, probe, window, limits
+            )
     except Unusable as error:
         return SlicedVideo(reason=error.reason, seconds=0)
     except FfmpegTimeout:
         return SlicedVideo(reason="timeout", seconds=0)
+    except MemoryError:
+        return SlicedVideo(reason="memory", seconds=0)
+
+
+def _is_cut_already(path: str, probe: VideoProbe, window: tuple[float, float]) -> bool:
+    most = window[1] - window[0] + CUT_SLACK_SECONDS
+    ends = [end for end in (probe.video_end_seconds, probe.audio_end_seconds) if end is not None]
+    if ends:
+        return max(ends) <= most
+    # The header does not tell.
+    try:
+        with open_media(path) as container:
+            origin = (container.start_time or 0) / av.time_base
+            for packet in container.demux(probe.video_stream, probe.audio_stream):
+                if packet.pts is not None and float(packet.pts * packet.time_base) - origin > most:
+                    return False
+    except (av.error.FFmpegError, OSError, ValueError):
+        pass  # it goes on no further
+    return True
 
 
 def _slice_probed(
@@ -188,9 +221,20 @@ def _slice_probed(
     timeout_seconds: float,
     work_folder: str | None,
     probe: VideoProbe,
+    window: tuple[float, float] | None,
+    limits: SourceLimits,
 ) -> SlicedVideo:
+    max_seconds: float = settings.max_seconds
+    if window is not None:
+        ends = [end for end in (probe.video_end_seconds, probe.audio_end_seconds) if end is not None]
+        if ends and min(ends) <= window[0]:
+            raise Unusable("outside-window")
+        probe = replace(probe, start_seconds=max(probe.start_seconds, window[0]))
+        max_seconds = min(max_seconds, window[1] - probe.start_seconds)
+    if probe.start_seconds > limits.max_hours * 3600:
+        raise Unusable("too-long")
     start, chosen, promised = probe.start_seconds, None, None
-    length = probe.promised_seconds(settings.max_seconds)
+    length = probe.promised_seconds(max_seconds)
     if length is not None:
         promised = math.floor(length)
     if promised:
@@ -200,6 +244,11 @@ def _slice_probed(
         order = shuffled(range(promised), seed, "choice", video_id)
         chosen = tuple(sorted(order[: settings.max_clips]))
     geometry = frame_geometry(probe.width, probe.height, probe.pixel_aspect)
+    origin = math.floor(probe.start_seconds) - SEEK_MARGIN_SECONDS
+    seek = window is not None and origin > 0 and _can_seek(path, probe, origin, limits)
+    if origin < 5 * SEEK_MARGIN_SECONDS and not seek:
+        origin = 0  # not worth it
+    read_seconds = probe.start_seconds + max(max_seconds, 0) + 1
 
     def one_pass(start: float, chosen: tuple[int, ...] | None) -> _Pass:
         with tempfile.TemporaryDirectory(dir=work_folder, prefix="pass-") as folder:
@@ -208,7 +257,10 @@ def _slice_probed(
                 video_stream=probe.video_stream,
                 audio_stream=probe.audio_stream,
                 start_seconds=start,
-                read_seconds=probe.start_seconds + settings.max_seconds + 1,
+                read_seconds=read_seconds,
+                origin_seconds=origin,
+                seek=seek,
+                max_pixels=limits.max_pixels,
                 seconds=chosen,
                 scaled_size=geometry.scaled_size,
                 crop_offset=geometry.crop_offset,
@@ -217,16 +269,24 @@ def _slice_probed(
                 crf=settings.crf,
                 preset=settings.preset,
             )
-            finished = run_ffmpeg(command.build(program), Path(folder), timeout_seconds)
+            finished = run_ffmpeg(
+                command.build(program),
+                Path(folder),
+                timeout_seconds,
+                max_memory_bytes=limits.max_memory_bytes,
+                # Twice what the sound takes, and far more than a second of picture.
+                max_file_bytes=2**26 + round(4 * SAMPLE_RATE * (read_seconds - origin)),
+            )
+            _refuse_excess(finished)
             return _collect(
-                Path(folder), start, chosen, geometry.frame_size, settings.max_seconds, finished.errors
+                Path(folder), start, origin, chosen, geometry.frame_size, max_seconds, finished.errors
             )
 
     result = one_pass(start, chosen)
     damage = []
     if result.errors:
         damage = find_damage(
-            path, probe.video_stream, probe.audio_stream, probe.start_seconds + settings.max_seconds
+            path, probe.video_stream, probe.audio_stream, probe.start_seconds + max_seconds, limits
         )
     if chosen is not None and (len(result.clips) < len(chosen) or result.more_audio_than(promised) or damage):
         # The header lied, or not everything decodes. Without choice and shift, nothing that is there is lost.
@@ -243,6 +303,8 @@ def _slice_probed(
     if promised is not None and whole < promised:
         flaw = "damaged" if len(result.clips) > whole else "truncated"
     if not clips:
+        if window is not None and not (result.any_video and result.any_audio):
+            raise Unusable("outside-window")
         if not result.any_video or not result.any_audio:
             raise Unusable("undecodable")
         raise Unusable(flaw or "too-short")
@@ -259,27 +321,64 @@ def _slice_probed(
     )
 
 
-def probe_video(path: str, needs: Needs = "both") -> VideoProbe:
+def _refuse_excess(finished: Finished) -> None:
+    if finished.return_code == -signal.SIGXFSZ:
+        raise Unusable("too-long")
+    if finished.return_code and finished.no_memory:
+        raise Unusable("memory")
+
+
+def _can_seek(path: str, probe: VideoProbe, origin_seconds: int, limits: SourceLimits) -> bool:
+    """Whether reading can begin at `origin_seconds`: the next packets of both streams after a jump are not later."""
+    if not probe.format_name.startswith(EXACT_FORMATS):
+        return False
+    try:
+        with open_media(path, limits) as container:
+            origin = (container.start_time or 0) / av.time_base
+            container.seek(round((origin_seconds + origin) * av.time_base))
+            missing = {probe.video_stream, probe.audio_stream}
+            for packet in container.demux(probe.video_stream, probe.audio_stream):
+                if packet.stream_index not in missing or packet.pts is None:
+                    continue
+                if float(packet.pts * packet.time_base) - origin > origin_seconds + SEEK_MARGIN_SECONDS / 2:
+                    return False
+                if packet.stream_index == probe.video_stream and not packet.is_keyframe:
+                    return False
+                missing.remove(packet.stream_index)
+                if not missing:
+                    return True
+    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError):
+        pass
+    return False
+
+
+def probe_video(path: str, needs: Needs = "both", limits: SourceLimits | None = None) -> VideoProbe:
     """Streams, size, rate and times of a video, from its header and first frame.
 
     Of several streams the one flagged as default is taken, then the one with the largest frame or the highest
     sample rate, then the first. Pictures attached to audio files are not video.
 
-    needs: which streams have to be there; the other one is not looked at.
+    Args:
+        needs: which streams have to be there; the other one is not looked at.
+        limits: on what the file may ask of the machine; None: the default ones.
 
     Raises:
-        Unusable: `undecodable`, `no-video` or `no-audio`.
+        Unusable: `undecodable`, `no-video`, `no-audio`, or what `open_media` refuses.
+        MemoryError: it takes more than there is.
     """
-    av.logging.set_level(None)
-    options = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}
+    limits = limits or SourceLimits()
     try:
-        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
-            return _probe_container(container, needs)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+        with open_media(path, limits) as container:
+            return _probe_container(container, needs, limits)
+    except MemoryError:
+        raise
+    except (av.error.FFmpegError, OSError, ValueError, ArithmeticError) as error:
         raise Unusable("undecodable") from error
 
 
-def _probe_container(container: av.container.InputContainer, needs: Needs) -> VideoProbe:
+def _probe_container(
+    container: av.container.InputContainer, needs: Needs, limits: SourceLimits
+) -> VideoProbe:
     pictures = av.stream.Disposition.attached_pic | av.stream.Disposition.still_image
     is_default = av.stream.Disposition.default
     videos = [stream for stream in container.streams.video if not stream.disposition & pictures]
@@ -317,6 +416,8 @@ def _probe_container(container: av.container.InputContainer, needs: Needs) -> Vi
             starts.append(_seconds(frame.pts, video, origin))
         if not width or not height:
             raise Unusable("undecodable")
+        if width * height > limits.max_pixels:
+            raise Unusable("too-many-pixels")
         pixel_aspect = float(aspect) if aspect else 1.0
         if not 0.1 <= pixel_aspect <= 10:
             pixel_aspect = 1.0
@@ -340,7 +441,10 @@ def _probe_container(container: av.container.InputContainer, needs: Needs) -> Vi
         starts.append(start)
         sound = {"audio_stream": audio.index, "audio_end_seconds": end_of(audio, start)}
     return VideoProbe(
-        start_seconds=max([start for start in starts if start is not None], default=0.0), **picture, **sound
+        start_seconds=max([start for start in starts if start is not None], default=0.0),
+        format_name=container.format.name,
+        **picture,
+        **sound,
     )
 
 
@@ -360,8 +464,9 @@ def _first_frame(container: av.container.InputContainer, video: av.video.VideoSt
         try:
             for frame in packet.decode():
                 return frame
-        except av.error.FFmpegError:
-            continue
+        except av.error.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
     return None
 
 
@@ -428,16 +533,17 @@ class _Pass:
 def _collect(
     folder: Path,
     start: float,
+    origin: int,
     chosen: tuple[int, ...] | None,
     frame_size: tuple[int, int],
-    max_seconds: int,
+    max_seconds: float,
     errors: str,
 ) -> _Pass:
     """Clips that are whole: 24,000 samples, and 32 frames of the right size when decoded."""
     audio_path = folder / AUDIO_FILE
     data = audio_path.read_bytes() if audio_path.exists() else b""
     waveform = np.frombuffer(data[: len(data) // 2 * 2], dtype="<i2")
-    first = round(start * SAMPLE_RATE)
+    first = round(start * SAMPLE_RATE) - origin * SAMPLE_RATE
     clips = []
     paths = sorted(folder.glob("video*.mp4"))
     for position, path in enumerate(paths):
@@ -446,7 +552,7 @@ def _collect(
         second = position if chosen is None else chosen[position]
         begin = first + second * SAMPLES_PER_CLIP
         samples = waveform[begin : begin + SAMPLES_PER_CLIP]
-        if second >= max_seconds or len(samples) < SAMPLES_PER_CLIP:
+        if second + 1 > max_seconds + TIME_SLACK_SECONDS or len(samples) < SAMPLES_PER_CLIP:
             break
         video = path.read_bytes()
         if decoded_frames(video) != [frame_size] * FRAMES_PER_CLIP:
@@ -482,7 +588,7 @@ def decoded_frames(video: bytes) -> list[tuple[int, int]]:
             for frame in container.decode(stream):
                 sizes.append((frame.width, frame.height))
     except (av.error.FFmpegError, IndexError):
-        pass
+        pass  # what this program's own ffmpeg wrote: a file cut off at most
     return sizes
 
 
