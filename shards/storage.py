@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -32,6 +33,7 @@ from shards.manifest import sync_folder, write_atomically
 PIECE_BYTES = 4 << 20  # of a file whose download goes on where it stopped
 HASH_BYTES = 1 << 20  # read at a time
 UPLOAD_BYTES = 10_000_000  # an upload may wait `stall_seconds` for each
+STOP_SECONDS = 0.5  # between two looks whether a download is still wanted
 SHA256_FIELD = "sha256"  # metadata of the objects that `upload` writes
 
 # Object stores show a file when all of it is there; elsewhere it gets another name first.
@@ -206,6 +208,7 @@ def download(
     sha256: str | None = None,
     retry: Retry = DEFAULT_RETRY,
     temporary: str | os.PathLike | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Copy a file to a local path, atomically: `path` is there when all of it is, checked and on the disk.
 
@@ -218,6 +221,7 @@ def download(
         sha256: expected checksum, hex digits; None: any.
         retry: how long to try; the time counts from the last progress.
         temporary: name until then, in the same folder; removed whatever happens. None: one of its own.
+        stop: ends it with a SourceError soon after it is set.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -227,10 +231,11 @@ def download(
     """
     location, path = os.fspath(location), Path(path)
     if temporary is None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     part = Path(temporary)
-    attempts = _Attempts("read", location, retry)
-    download_ = _Download(location, part, num_bytes, resumes=sha256 is not None)
+    stop = stop or threading.Event()
+    attempts = _Attempts("read", location, retry, stop)
+    download_ = _Download(location, part, num_bytes, stop, resumes=sha256 is not None)
     wrong: list[str] = []
     try:
         while True:
@@ -275,6 +280,24 @@ def size(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> int | Non
     except (FileNotFoundError, NotADirectoryError):
         return None
     return info.get("size") if info.get("type") == "file" else None
+
+
+def exists(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> bool:
+    """Whether there is a file or a folder.
+
+    Raises:
+        SourceError: the location could not be asked.
+    """
+    location = os.fspath(location)
+    path = _local_path(location)
+    try:
+        if path is not None:
+            _retried("look at", location, retry, path.stat)
+        else:
+            _retried("look at", location, retry, lambda: _call(location, "info", retry.stall_seconds))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def checksum(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> str | None:
@@ -397,8 +420,9 @@ def is_transient(error: BaseException) -> bool:
 class _Attempts:
     """Failures of one operation: says each aloud and waits, or raises when there were enough."""
 
-    def __init__(self, what: str, location: str, retry: Retry) -> None:
+    def __init__(self, what: str, location: str, retry: Retry, stop: threading.Event | None = None) -> None:
         self._what, self._location, self._retry = what, location, retry
+        self._stop = stop or threading.Event()
         self._begin = self._last_progress = time.monotonic()
         self._num_failed = self._num_failed_in_row = 0
 
@@ -415,6 +439,8 @@ class _Attempts:
             SourceError: it is one that stays, or the time is up.
             Exception: error itself, where it is neither of the system nor of a client library.
         """
+        if self._stop.is_set():
+            raise self._given_up() from error
         retry, now = self._retry, time.monotonic()
         self._num_failed += 1
         self._num_failed_in_row += 1
@@ -439,7 +465,11 @@ class _Attempts:
             "cannot %s %s: %s; attempt %d, the next in %.1f s, for up to %.0f s more",
             self._what, self._location, _describe(error), self._num_failed, pause, retry.total_seconds - seconds,
         )  # fmt: skip
-        time.sleep(pause)
+        if self._stop.wait(pause):
+            raise self._given_up() from error
+
+    def _given_up(self) -> SourceError:
+        return SourceError(f"{self._location} was given up: what wanted it was closed")
 
 
 def _retried(what: str, location: str, retry: Retry, attempt: Callable[[], _Result]) -> _Result:
@@ -455,8 +485,10 @@ def _retried(what: str, location: str, retry: Retry, attempt: Callable[[], _Resu
 class _Download:
     """One file on its way into a part file, over several attempts."""
 
-    def __init__(self, location: str, part: Path, num_bytes: int | None, resumes: bool) -> None:
-        self._location, self._part, self._num_bytes = location, part, num_bytes
+    def __init__(
+        self, location: str, part: Path, num_bytes: int | None, stop: threading.Event, resumes: bool
+    ) -> None:
+        self._location, self._part, self._num_bytes, self._stop = location, part, num_bytes, stop
         self._resumes = resumes and _local_path(location) is None
         self._most = 0  # bytes that an attempt came to
 
@@ -471,7 +503,7 @@ class _Download:
                 self._read_pieces(have, total, stall_seconds)
                 return
         self.start_anew()
-        _get(self._location, self._part, stall_seconds)
+        _get(self._location, self._part, stall_seconds, self._stop)
         have = self._have()
         if self._num_bytes is not None and have < self._num_bytes:
             # Short for good, or cut without a word because the server does not tell the length beforehand?
@@ -487,7 +519,7 @@ class _Download:
 
     def start_anew(self) -> None:
         """Forget what is there."""
-        self._part.unlink(missing_ok=True)
+        self._part.write_bytes(b"")  # not deleted: its name may mean something
 
     def _have(self) -> int:
         try:
@@ -499,7 +531,7 @@ class _Download:
         with open(self._part, "ab") as file:
             while have < total:
                 end = min(have + PIECE_BYTES, total)
-                piece = _call(self._location, "cat_file", stall_seconds, start=have, end=end)
+                piece = _call(self._location, "cat_file", stall_seconds, stop=self._stop, start=have, end=end)
                 if len(piece) != end - have:
                     # No ranges here: the answer is the whole file, or was cut.
                     self._resumes = False
@@ -534,7 +566,7 @@ def _sha256(path: Path) -> str:
 
 def _copy(source: Path, target: Path) -> None:
     """Atomic copy between local paths."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(source, "rb") as reading, open(temporary, "wb") as writing:
             shutil.copyfileobj(reading, writing, HASH_BYTES)
@@ -546,7 +578,7 @@ def _copy(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _get(location: str, target: Path, stall_seconds: float) -> None:
+def _get(location: str, target: Path, stall_seconds: float, stop: threading.Event | None = None) -> None:
     """Copy a file to a local path, where what came stays if it fails."""
     source = _local_path(location)
     if source is not None:
@@ -554,7 +586,7 @@ def _get(location: str, target: Path, stall_seconds: float) -> None:
         return
     # In sequence, so that what came is the file's beginning.
     options = {"max_concurrency": 1} if _protocol(location) in ("s3", "s3a") else {}
-    _call(location, "get_file", stall_seconds, os.fspath(target), watched=True, **options)
+    _call(location, "get_file", stall_seconds, os.fspath(target), watched=True, stop=stop, **options)
 
 
 def _put(source: Path, location: str, sha256: str | None, stall_seconds: float) -> None:
@@ -569,7 +601,7 @@ def _put(source: Path, location: str, sha256: str | None, stall_seconds: float) 
         _call(location, "put_file", limit, first=os.fspath(source), watched=True, **options)
         return
     folder, name = location.rsplit("/", 1)
-    temporary = f"{folder}/.{name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp"
+    temporary = f"{folder}/.{name}.{secrets.token_hex(8)}.tmp"
     _call(folder, "makedirs", stall_seconds, exist_ok=True)
     _call(temporary, "put_file", limit, first=os.fspath(source), watched=True)
     file_system, path = _file_system(location, stall_seconds)
@@ -684,6 +716,7 @@ def _call(
     *args: Any,
     first: Any = None,
     watched: bool = False,
+    stop: threading.Event | None = None,
     **options: Any,
 ) -> Any:
     """What a method of fsspec's file system returns for a location.
@@ -695,6 +728,7 @@ def _call(
         args: arguments after the location.
         first: one before it.
         watched: the method takes a callback that counts bytes.
+        stop: it is given up soon after this is set.
         options: by name.
 
     Raises:
@@ -710,11 +744,14 @@ def _call(
     task: Future = _submit(file_system, method, args, options)
     moved, since = 0, time.monotonic()
     while True:
-        wait([task], max(0.0, since + stall_seconds - time.monotonic()))
+        wait([task], max(0.0, min(since + stall_seconds - time.monotonic(), STOP_SECONDS)))
         if task.done():
             return task.result()
         if progress.value != moved:
             moved, since = progress.value, time.monotonic()
+        elif stop is not None and stop.is_set():
+            task.cancel()
+            raise _Stalled("given up")
         elif time.monotonic() - since >= stall_seconds:
             task.cancel()
             raise _Stalled(f"no bytes for {stall_seconds:g} s")
