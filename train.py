@@ -4,14 +4,22 @@
 default.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # What follows takes seconds to import, and there is nothing yet that a signal could make anyone lose.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
+
 import dataclasses
 import difflib
 import inspect
 import json
 import logging
-import os
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +27,12 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from cmac.agreement import RankLost, is_lost_connection
 from cmac.config import PRESETS, VARIANTS, RunConfig, apply_variant
-from cmac.pretrain import run, start
-from loaders import build_loader
+from cmac.pretrain import PeerFailed, run, start
+from cmac.stop import Stopped, StopSignals
+from cmac.watchdog import Watchdog
+from loaders import Loader, build_loader
 from loaders.base import TooManyBadClips
 from loaders.probe import resolve_backend
 from shards.pool import usable_cores
@@ -64,43 +75,68 @@ def parse(arguments: list[str]) -> RunConfig:
 
 
 def main() -> None:
-    """Join a loader and a model, and train."""
+    """Join a loader and a model, and train.
+
+    SIGTERM, SIGUSR1 and Ctrl-C save the run after the step that is under way and end it with status 0.
+    """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        config = parse(sys.argv[1:])
-        device = choose_device(config)
-        if device.type == "cpu":
-            # torchrun sets one thread per process when the user sets none.
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local_ranks))
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
-        _show_log(rank)
+    with StopSignals() as stop, ExitStack() as until_end:
+        until_end.callback(stop.ignore)
+        try:
+            with stop.interruptible():
+                config = parse(sys.argv[1:])
+                watchdog = Watchdog(Path(config.run_dir) / "stacks", rank, config.hang_seconds)
+                until_end.enter_context(watchdog)
+                config, loader, device = _build_loader(config, rank, world_size)
+                training = start(config, loader, device)
+        except Stopped:
+            _leave(f"{stop.received.name}: the run stops before its first step", 0)
+        except Exception as error:
+            _fail(error, (ValueError, OSError, ImportError, RankLost))
+        try:
+            run(training, loader, stop, watchdog)
+        except Exception as error:
+            _fail(error, (FloatingPointError, TooManyBadClips, OSError, PeerFailed, RankLost))
+        finally:
+            loader.close()
         if world_size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        loader_config = resolve_backend(
-            config.loader,
-            rank,
-            world_size,
-            device,
-            _say,
-            previous_backend(config.run_dir) if config.loader.backend == "auto" else None,
+            dist.destroy_process_group()
+
+
+def _build_loader(config: RunConfig, rank: int, world_size: int) -> tuple[RunConfig, Loader, torch.device]:
+    """The configuration with what it leaves open, the loader and the device of this rank.
+
+    Raises:
+        ValueError: the configuration does not fit the shards, the machine or the number of ranks.
+    """
+    num_clips = config.loader.global_batch_size
+    if num_clips % world_size:
+        fitting = ", ".join(str(n) for n in range(1, num_clips + 1) if num_clips % n == 0)
+        raise ValueError(
+            f"loader.global_batch_size is {num_clips}, which {world_size} ranks cannot share equally; start one of "
+            f"{fitting} ranks (torchrun --nnodes times --nproc-per-node)"
         )
-        config = dataclasses.replace(config, loader=loader_config)
-        loader = build_loader(config.loader, rank, world_size, device=device)
-        check_ranks_agree(loader.state_dict(), world_size)
-        training = start(config, loader, device)
-    except (ValueError, OSError, ImportError) as error:
-        _fail(f"train.py: {error}")
-    try:
-        run(training, loader)
-    except (FloatingPointError, TooManyBadClips, OSError) as error:
-        _fail(f"train.py: {error}")
-    except Exception:
-        _fail(traceback.format_exc())
-    finally:
-        loader.close()
+    device = choose_device(config)
+    if device.type == "cpu":
+        # torchrun sets one thread per process when the user sets none.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local_ranks))
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    _show_log(rank)
     if world_size > 1:
-        dist.destroy_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    loader_config = resolve_backend(
+        config.loader,
+        rank,
+        world_size,
+        device,
+        _say,
+        previous_backend(config.run_dir) if config.loader.backend == "auto" else None,
+    )
+    config = dataclasses.replace(config, loader=loader_config)
+    loader = build_loader(config.loader, rank, world_size, device=device)
+    check_ranks_agree(loader.state_dict(), world_size)
+    return config, loader, device
 
 
 def previous_backend(run_dir: str) -> str | None:
@@ -153,9 +189,15 @@ def choose_device(config: RunConfig) -> torch.device:
     return device
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever sys.stderr is at the time: a progress bar replaces it while it is shown."""
+
+    stream = property(lambda self: sys.stderr, lambda self, value: None)
+
+
 def _show_log(rank: int) -> None:
     """Print what a step's parts say of their choices; of other ranks than the first only warnings."""
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     for name in ("cmac", "loaders.kernels"):
         logger = logging.getLogger(name)
@@ -168,16 +210,31 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _fail(message: str) -> NoReturn:
-    """Print and end this rank with status 1.
+def _fail(error: Exception, told: tuple[type[Exception], ...]) -> NoReturn:
+    """Tell of an error and end this rank with status 1. told: errors whose message says all there is to say."""
+    rank = f"rank {dist.get_rank()}: " if dist.is_initialized() else ""
+    if isinstance(error, told):
+        message = f"train.py: {rank}{error}"
+    elif dist.is_initialized() and is_lost_connection(error):
+        # Every rank but the one that failed first comes here: its traceback would bury that one's message.
+        first_line = str(error).splitlines()[0]
+        message = f"train.py: {rank}lost another rank in the step ({first_line}); its own message tells why"
+    else:
+        message = f"{rank}{''.join(traceback.format_exception(error))}"
+    _leave(message, 1)
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    """Print a last line and end this rank.
 
     With other ranks about, at once: they may wait in a collective, and tearing down a process group waits for them.
     torchrun then ends them.
     """
     print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
-        os._exit(1)
-    raise SystemExit(1)
+        sys.stdout.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

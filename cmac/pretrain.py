@@ -1,24 +1,37 @@
 """Pretraining: the step, the schedule and the loop over a loader."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmac.checkpoint import build_model, list_checkpoints, read_checkpoint, save_checkpoint
+from cmac.agreement import Agreement
+from cmac.checkpoint import (
+    build_model,
+    list_checkpoints,
+    newest_valid_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from cmac.config import RunConfig, config_to_dict
 from cmac.kernels.check import resolve_compute
 from cmac.meter import Meter, timed_batches
 from cmac.model import CMAC, StepOutput
+from cmac.nonfinite import StepWindow, tensors_not_finite
 from cmac.optim import OptimizerConfig
 from cmac.provenance import git_commit
 from cmac.run_log import RunLog
 from cmac.step import Precision, TrainingStep
+from cmac.stop import Stopped, StopSignals
+from cmac.watchdog import Watchdog
 from loaders import Loader
 from loaders.batch import ClipBatch
 from shards.manifest import write_atomically
@@ -66,6 +79,7 @@ class Pretraining:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.rank = dist.get_rank() if self.distributed else 0
+        self.agreement = Agreement(config.hang_seconds)
         self.total_steps = config.epochs * steps_per_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
@@ -94,7 +108,13 @@ class Pretraining:
             device=device,
             precision=resolve_precision(config.precision, device),
             channels_last=config.channels_last,
+            skip_nonfinite=config.nonfinite == "skip",
         )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out since the start of the run, as they were not finite."""
+        return self.trainer.skipped_steps
 
     @property
     def model(self) -> CMAC:
@@ -143,6 +163,7 @@ class Pretraining:
             "rng": states,
             "train_seconds": self.train_seconds,
             "bad_clips": self.bad_clips,
+            "skipped_steps": self.skipped_steps,
             "commit": self.commit,
         }
 
@@ -152,6 +173,7 @@ class Pretraining:
         self.train_seconds = state["train_seconds"]
         self.bad_clips = state["bad_clips"]
         self.trainer.load_state_dict(state)
+        self.trainer.skipped_steps = state.get("skipped_steps", 0)
         loader.load_state_dict(state["loader"])
         if len(state["rng"]) == self.world_size:
             # Nothing in the step draws from these generators today (crops and shuffles have seeds of their own).
@@ -186,6 +208,7 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
     _resume(training, loader, run_dir)
     if training.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
+        keep_bad_clips_up_to(run_dir / "bad_clips.jsonl", training.step, training.steps_per_epoch)
         write_atomically(
             run_dir / "config.json", (json.dumps(config_to_dict(config), indent=2) + "\n").encode()
         )
@@ -212,42 +235,229 @@ def _warn_of_shared_statistics(training: Pretraining) -> None:
         )
 
 
-def run(training: Pretraining, loader: Loader) -> None:
+class PeerFailed(RuntimeError):
+    """Another rank could not go on, so this one does not either."""
+
+
+class _Halt(Exception):
+    """All ranks end before the next step."""
+
+    def __init__(self, position: dict, stop: bool, failure: Exception | None) -> None:
+        super().__init__()
+        self.position = position
+        self.stop = stop
+        self.failure = failure
+
+
+def run(
+    training: Pretraining,
+    loader: Loader,
+    stop: StopSignals | None = None,
+    watchdog: Watchdog | None = None,
+) -> bool:
     """Train to the last step, logging and saving into the run folder. All ranks must call it.
 
+    When a signal asks any rank to stop, or the loader of any rank fails, all ranks end before the next step and
+    write a checkpoint of where they are.
+
+    Args:
+        training: from `start`.
+        loader: the one that `start` was given.
+        stop: entered by the caller; nothing stops the run when left out.
+        watchdog: likewise; nothing watches when left out.
+
+    Returns:
+        Whether the last step was taken; False after a signal.
+
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or a weight is no longer finite, or too many steps were left out.
+        PeerFailed: the loader of another rank failed.
+        RankLost: another rank is gone.
+        Exception: whatever this rank's loader raised.
     """
-    config, main_rank = training.config, training.rank == 0
-    run_dir = Path(config.run_dir)
-    log = RunLog(run_dir, training.total_steps, training.step) if main_rank else None
-    meter = Meter(training)
-    try:
-        while training.step < training.total_steps:
-            for batch in timed_batches(loader, meter):
-                record_bad_clips(run_dir / "bad_clips.jsonl", batch)
-                output = training.train_step(batch)
-                meter.add(output, batch)
-                if log is not None:
-                    log.advance(training.step)
-                last = training.step == training.total_steps
-                save = last or training.step % config.checkpoint_every == 0
-                if save or training.step % config.log_every == 0:
-                    row = meter.row(
-                        loader
-                    )  # before saving: it refuses to go on with a loss that is not finite
-                    if log is not None:
-                        log.write(row)
-                if save:
-                    state = training.state_dict(loader)
-                    if main_rank:
-                        folder = run_dir / "checkpoints"
-                        save_checkpoint(folder, training.step, config, state, config.keep_checkpoints)
-                if last:
-                    break
-    finally:
-        if log is not None:
-            log.close()
+    return _Run(
+        training,
+        loader,
+        stop or StopSignals(),
+        watchdog or Watchdog(Path(training.config.run_dir) / "stacks", training.rank, 0),
+    ).train()
+
+
+class _Run:
+    def __init__(self, training: Pretraining, loader: Loader, stop: StopSignals, watchdog: Watchdog) -> None:
+        config = training.config
+        self._training = training
+        self._loader = loader
+        self._stop = stop
+        self._watchdog = watchdog
+        self._folder = Path(config.run_dir)
+        self._agreement = training.agreement
+        self._window = StepWindow(self._folder / "nonfinite", training.rank, self._agreement)
+        self._log = None
+        if training.rank == 0:
+            self._log = RunLog(self._folder, training.total_steps, training.step)
+        self._meter = Meter(training)
+        self._logged = self._saved = training.step
+
+    def train(self) -> bool:
+        """See `run`."""
+        try:
+            finished = self._train()
+        except BaseException:
+            with contextlib.suppress(OSError):  # of a disk that is full the first error tells
+                self._close_log()
+            raise
+        self._close_log()
+        return finished
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _train(self) -> bool:
+        training = self._training
+        try:
+            while training.step < training.total_steps:
+                for batch in self._batches():
+                    self._take(batch)
+                    if training.step == training.total_steps:
+                        break
+        except _Halt as halt:
+            return self._end_early(halt)
+        return True
+
+    def _batches(self) -> Iterator[ClipBatch]:
+        """The batches that are left of the epoch, each once all ranks have theirs.
+
+        Raises:
+            _Halt: on all ranks.
+        """
+        stop, watchdog = self._stop, self._watchdog
+        batches = timed_batches(self._loader, self._meter)
+        while True:
+            position, batch, failure = self._loader.state_dict(), None, None
+            try:
+                with watchdog.doing("waiting for data"), stop.interruptible():
+                    batch = next(batches, None)
+                    if batch is None:
+                        return
+            except Stopped:
+                pass
+            except Exception as error:  # whatever it is, the other ranks wait for this one
+                failure = error
+            with watchdog.doing("waiting for the other ranks"):
+                outlook = self._agreement.outlook(stop=stop.received is not None, failed=failure is not None)
+            if outlook.stop or outlook.failed:
+                raise _Halt(position, outlook.stop, failure)
+            yield batch
+
+    def _take(self, batch: ClipBatch) -> None:
+        training, config = self._training, self._training.config
+        record_bad_clips(self._folder / "bad_clips.jsonl", batch)
+        skipped_before = training.skipped_steps
+        with self._watchdog.doing("in a step"):
+            output = training.train_step(batch)
+        self._window.add(training.step, batch, output)
+        if training.skipped_steps > skipped_before:
+            self._meter.add_skipped(batch)
+            self._count_skipped()
+        else:
+            self._meter.add(output, batch)
+        self._watchdog.step_done(training.step)
+        if self._log is not None:
+            self._log.advance(training.step)
+        if training.step == training.total_steps or training.step % config.checkpoint_every == 0:
+            self._save(self._loader.state_dict())
+        elif training.step % config.log_every == 0:
+            self._write_row()
+
+    def _count_skipped(self) -> None:
+        training, most = self._training, self._training.config.max_skipped_steps
+        path = self._window.save_skipped()
+        if training.skipped_steps > most:
+            raise FloatingPointError(
+                f"{training.skipped_steps} steps were not finite and left out, expected at most {most} "
+                f"(max_skipped_steps); the clips of the last one are in {path}; {self._advice()}"
+            )
+        if training.rank == 0:
+            print(
+                f"step {training.step} is not finite and left out ({training.skipped_steps} of at most {most}); "
+                f"its clips are in {path}",
+                flush=True,
+            )
+
+    def _advice(self) -> str:
+        rate = self._training.config.optimizer.learning_rate
+        return (
+            f"lower optimizer.learning_rate ({rate}), set optimizer.clip_gradient_norm, use precision bf16, or leave "
+            "such steps out with --nonfinite skip"
+        )
+
+    def _write_row(self) -> None:
+        with self._watchdog.doing("logging"):
+            try:
+                self._window.check()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {self._advice()}") from error
+            row = self._meter.row(self._loader)
+            if self._log is not None:
+                self._log.write(row)
+        self._logged = self._training.step
+
+    def _save(self, position: dict) -> None:
+        """Write a checkpoint of the last step, with the loader at that position, unless there is one. All ranks must
+        call it; none of them leaves before it is written."""
+        training = self._training
+        if self._logged < training.step:
+            self._write_row()
+        if self._saved == training.step:
+            return
+        with self._watchdog.doing("saving"):
+            bad = self._agreement.gather(tensors_not_finite(training.trainer.state_dict()))
+            for rank, names in enumerate(bad):
+                if names:
+                    raise FloatingPointError(
+                        f"{names[0]} and {len(names) - 1} more tensors of rank {rank} are not finite after step "
+                        f"{training.step}, though its loss was; no checkpoint is written; {self._advice()}"
+                    )
+            state = {**training.state_dict(self._loader), "loader": position}
+            if training.rank == 0:
+                save_checkpoint(
+                    self._folder / "checkpoints",
+                    training.step,
+                    training.config,
+                    state,
+                    training.config.keep_checkpoints,
+                )
+        self._saved = training.step
+
+    def _end_early(self, halt: _Halt) -> bool:
+        """Save where all ranks are. True is never returned, as the run is not at its end.
+
+        Raises:
+            PeerFailed: the loader of another rank failed.
+            Exception: what this rank's loader raised.
+        """
+        training = self._training
+        self._save(halt.position)
+        signal = self._stop.received
+        # Nobody leaves before the checkpoint is there: torchrun ends all ranks once one has failed.
+        reports = self._agreement.gather(
+            (None if signal is None else signal.name, None if halt.failure is None else str(halt.failure))
+        )
+        signals = [name for name, _ in reports if name is not None]
+        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text is not None]
+        if training.rank == 0:
+            if halt.stop:
+                print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr, flush=True)
+                print(f"{signals[0]}: the run stops", flush=True)
+            where = f"step {training.step} of {training.total_steps}"
+            print(f"{where} is saved; the same command goes on from there", flush=True)
+        if halt.stop:
+            return False
+        if halt.failure is not None:
+            raise halt.failure
+        raise PeerFailed(f"ends with {failures[0]}")
 
 
 def record_bad_clips(path: Path, batch: ClipBatch) -> None:
@@ -269,28 +479,95 @@ def record_bad_clips(path: Path, batch: ClipBatch) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _resume(training: Pretraining, loader: Loader, run_dir: Path) -> None:
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
-    if not checkpoints:
+def keep_bad_clips_up_to(path: Path, step: int, steps_per_epoch: int) -> None:
+    """Drop the lines of steps beyond the first `step`, which are taken again, and a last line that was cut off."""
+    if not path.exists():
         return
-    newest, config = checkpoints[-1], training.config
-    if config.resume == "never":
-        raise ValueError(f"{newest} exists and resume is 'never'; choose another run_dir or remove this one")
-    state = read_checkpoint(newest, training.device)
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            clip = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if clip["epoch"] * steps_per_epoch + clip["step"] < step:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept).encode())
+
+
+def _resume(training: Pretraining, loader: Loader, run_dir: Path) -> None:
+    """Go on from the checkpoint that the first rank chooses."""
+    chosen = None
+    if training.rank == 0:
+        chosen = _choose_checkpoint(training.config, run_dir / "checkpoints")
+    newest, problem = training.agreement.gather(chosen)[0]
+    if problem is not None:
+        raise ValueError(problem)
+    if newest is None:
+        return
+    lines: list[str] = []
+    try:
+        lines = _load(training, loader, Path(newest))
+    except (ValueError, RuntimeError) as error:
+        problem = str(error)
+    # All ranks have to know: those that could read it would wait for the others in the first step.
+    for rank, text in enumerate(training.agreement.gather(problem)):
+        if text is not None:
+            where = "" if rank == training.rank else f"rank {rank}: "
+            shared = "; all nodes must share run_dir" if training.world_size > 1 else ""
+            raise ValueError(f"{where}{text}{shared}")
+    if training.rank == 0:
+        print("\n".join([f"going on from {newest} at step {training.step}", *lines]), flush=True)
+
+
+def _choose_checkpoint(config: RunConfig, folder: Path) -> tuple[str | None, str | None]:
+    """(path of the newest checkpoint that is whole, or None; why there is none to go on from, or None)."""
+    checkpoints = list_checkpoints(folder)
+    if checkpoints and config.resume == "never":
+        return None, (
+            f"{checkpoints[-1]} exists and resume is 'never'; choose another run_dir or remove this one"
+        )
+    try:
+        newest = newest_valid_checkpoint(folder, lambda line: print(line, file=sys.stderr, flush=True))
+    except ValueError as error:
+        return None, str(error)
+    return None if newest is None else str(newest), None
+
+
+def _load(training: Pretraining, loader: Loader, path: Path) -> list[str]:
+    """Go on from a checkpoint; lines that tell what has changed since.
+
+    Raises:
+        ValueError: it cannot be read, or is of a run that is not this one.
+    """
+    config = training.config
+    state = read_checkpoint(path, training.device)
     changed = _differences(config_to_dict(state["config"]), config_to_dict(config))
     fixed = [
         line for line in changed if line.startswith(("model.", "loss.", "optimizer.name", "loader.clips_per"))
     ]
     if fixed:
         raise ValueError(
-            f"{newest} was trained with another configuration: {'; '.join(fixed)}; choose another run_dir, "
+            f"{path} was trained with another configuration: {'; '.join(fixed)}; choose another run_dir, "
             "or give the values of the run that you want to go on with"
         )
     training.load_state_dict(state, loader)
-    if training.rank == 0:
-        print(f"going on from {newest} at step {training.step}", flush=True)
-        for line in changed:
-            print(f"  changed since: {line}", flush=True)
+    return [f"  changed since: {line}" for line in changed] + _what_ranks_change(training, state)
+
+
+def _what_ranks_change(training: Pretraining, state: dict) -> list[str]:
+    """What another number of ranks than before means for this run."""
+    before, now, model = len(state["rng"]), training.world_size, training.config.model
+    if before == now:
+        return []
+    lines = [f"  ranks: {before} -> {now}; the global batches stay the same, clip for clip"]
+    if model.batch_norm != "sync":
+        lines.append(
+            f"  batch norm ({model.batch_norm}) now takes its statistics over other groups of clips; running "
+            "statistics go on from the first rank's"
+        )
+    if training.config.optimizer.learning_rate_per_rank:
+        lines.append(f"  learning rate: now {now} times optimizer.learning_rate, it was {before} times")
+    return lines
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:

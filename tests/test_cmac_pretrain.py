@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,11 @@ from cmac.config import (
 )
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.losses import LossConfig
-from cmac.model import ModelConfig
+from cmac.model import ModelConfig, StepOutput
+from cmac.nonfinite import tensors_not_finite
 from cmac.optim import OptimizerConfig
 from cmac.pretrain import Pretraining, learning_rate_at, pretrain, resolve_precision, start
+from cmac.pretrain import run as run_training
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig
 
@@ -58,8 +60,9 @@ def config(run_dir: Path, **changes: object) -> RunConfig:
 class FakeLoader:
     """Batches that depend on (epoch, step) alone, five to an epoch."""
 
-    def __init__(self, nan_at: tuple[int, int] | None = None) -> None:
+    def __init__(self, nan_at: Sequence[tuple[int, int]] = ()) -> None:
         self.epoch, self._next, self._nan_at = 0, 0, nan_at
+        self.fail_at: tuple[int, int] | None = None
         self.bad_clips: Counter[str] = Counter()
         self.handed_out: list[tuple[int, int]] = []
 
@@ -69,6 +72,8 @@ class FakeLoader:
     def __iter__(self) -> Iterator[ClipBatch]:
         while self._next < len(self):
             step = self._next
+            if (self.epoch, step) == self.fail_at:
+                raise OSError("the disk is gone")
             self._next += 1
             self.handed_out.append((self.epoch, step))
             yield self._batch(step)
@@ -77,7 +82,7 @@ class FakeLoader:
     def _batch(self, step: int) -> ClipBatch:
         generator = torch.Generator().manual_seed(100 * self.epoch + step)
         log_mel = torch.randn(4, 1, 33, 21, generator=generator)
-        if (self.epoch, step) == self._nan_at:
+        if (self.epoch, step) in self._nan_at:
             log_mel[0] = math.nan
         if step == 3:
             self.bad_clips["decode-error"] += 1
@@ -265,10 +270,82 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path):
         pretrain(config(tmp_path / "run", resume="never"), FakeLoader(), CPU)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="at step 8; lower optimizer.learning_rate"):
-        pretrain(config(tmp_path / "run"), FakeLoader(nan_at=(1, 1)), CPU)
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_what_was_in_the_step(tmp_path):
+    """The step itself is named, though losses are looked at every four steps only."""
+    run = config(tmp_path / "run", log_every=4)
+    with pytest.raises(
+        FloatingPointError, match=r"at step 7; its clips .*00007.json; lower optimizer.learning_rate"
+    ):
+        pretrain(run, FakeLoader(nan_at=[(1, 1)]), CPU)
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004.pt"]
+    (saved,) = (tmp_path / "run/nonfinite").iterdir()
+    step = json.loads(saved.read_text())
+    assert (step["step"], step["epoch"], step["batch"]) == (7, 1, 1)
+    assert step["keys"] == ["a", "b", "c", "d"] and step["video_ids"] == [4, 5, 6, 7]
+    assert step["loss"] == "nan" and step["cause"] == "loss" and list(step["losses_before"]) == ["5", "6"]
+
+
+def test_skipped_steps_are_counted_saved_and_bounded_also_over_a_resume(tmp_path):
+    run = config(tmp_path / "run", nonfinite="skip", max_skipped_steps=2, log_every=3)
+    loader = FakeLoader(nan_at=[(0, 1), (1, 1), (2, 1)])
+    training = pretrain(dataclasses.replace(run, max_steps=8), loader, CPU)
+    assert training.skipped_steps == 2 and not tensors_not_finite(training.model.state_dict())
+    logged = rows(tmp_path / "run")
+    assert [(row["step"], row["skipped_steps"]) for row in logged] == [(3, 1), (4, 1), (6, 1), (8, 2)]
+    assert all(math.isfinite(row["loss"]) for row in logged)
+    with pytest.raises(FloatingPointError, match=r"3 steps were not finite and left out, expected at most 2"):
+        pretrain(run, loader, CPU)
+    saved = sorted(path.name for path in (tmp_path / "run/nonfinite").iterdir())
+    assert saved == ["step_00000002.json", "step_00000007.json", "step_00000012.json"]
+    assert json.loads((tmp_path / "run/nonfinite" / saved[0]).read_text())["skipped"] is True
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    run = config(tmp_path / "run")
+    loader = FakeLoader()
+    training = start(run, loader, CPU)
+    forward = training.train_step
+
+    def spoil(batch: ClipBatch) -> StepOutput:
+        output = forward(batch)
+        if training.step == 8:
+            next(training.model.saliency_a.parameters()).data[0] = math.inf
+        return output
+
+    training.train_step = spoil
+    with pytest.raises(FloatingPointError, match=r"model\.saliency_a\..* not finite after step 8"):
+        run_training(training, loader)
+    assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004.pt"]
+
+
+def test_a_loader_that_fails_costs_no_step(tmp_path):
+    """What was trained before is saved, and the batch that could not be had comes first on resuming."""
+    run = config(tmp_path / "run")
+    loader = FakeLoader()
+    loader.fail_at = (1, 2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        pretrain(run, loader, CPU)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [2, 4, 6, 7]
+    whole = pretrain(config(tmp_path / "whole"), FakeLoader(), CPU)
+    loader = FakeLoader()
+    resumed = pretrain(run, loader, CPU)
+    assert loader.handed_out[0] == (1, 2)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_bad_clips_of_steps_that_are_taken_again_are_listed_once(tmp_path):
+    run = config(tmp_path / "run")
+    pretrain(dataclasses.replace(run, max_steps=4), FakeLoader(), CPU)
+    path = tmp_path / "run/bad_clips.jsonl"
+    line = json.loads(path.read_text())
+    later = json.dumps({**line, "epoch": 1}) + "\n"
+    path.write_text(
+        path.read_text() + later + '{"epoch": 1, "st'
+    )  # of a run that was killed in its tenth step
+    pretrain(run, FakeLoader(), CPU)
+    listed = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(clip["epoch"], clip["step"]) for clip in listed] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_an_epoch_without_batches_is_refused(tmp_path):

@@ -1,0 +1,83 @@
+"""What the ranks of a run tell each other on the host, beside the training: nothing here waits for a device."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cmac.collectives import num_ranks
+
+LEAST_TIMEOUT_SECONDS = 1800.0
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended, or does not answer. Its own message tells why."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What lies before the next step, of all ranks together."""
+
+    stop: bool
+    """Some rank was asked to stop."""
+    failed: bool
+    """Some rank has no batch, as its loader failed."""
+
+
+class Agreement:
+    """A process group of its own on the host. All ranks must make it, and call its methods, in the same order.
+
+    Args:
+        hang_seconds: after which the watchdog ends a rank; a collective waits for longer than that. 0: for ever.
+    """
+
+    def __init__(self, hang_seconds: float) -> None:
+        self._group = None
+        self.num_ranks = num_ranks()
+        if self.num_ranks > 1:
+            seconds = max(2 * hang_seconds, LEAST_TIMEOUT_SECONDS) if hang_seconds else 10 * 365 * 86400.0
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+
+    def outlook(self, *, stop: bool, failed: bool) -> Outlook:
+        """Whether all ranks can take the next step: one small all-reduce, which waits for the slowest rank's batch.
+
+        Raises:
+            RankLost: a rank is gone.
+        """
+        if self._group is None:
+            return Outlook(stop, failed)
+        flags = torch.tensor([stop, failed], dtype=torch.int32)
+        try:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return Outlook(*map(bool, flags.tolist()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """value of each rank, by rank.
+
+        Raises:
+            RankLost: a rank is gone.
+        """
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.num_ranks
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return values
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank: torch has no class for what gloo raises."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _lost(error: RuntimeError) -> RankLost:
+    return RankLost(
+        f"another rank has ended or does not answer ({str(error).splitlines()[0]}); the message of the rank that "
+        "failed first tells why"
+    )
