@@ -1,20 +1,24 @@
 """What all loaders share: the order of clips, the position in it, its state, and the budget for bad clips."""
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig
-from loaders.plan import EpochPlan, check_world, count_batches, slots_of_epoch
-from loaders.shard_files import ShardFiles, open_shards
+from loaders.plan import EpochPlan, check_world, count_batches, shards_in_window, slots_of_epoch
+from loaders.shard_cache import CacheConfig, ComingShard, FetchAhead, ShardCache, default_cache_dir
+from loaders.shard_files import OPEN_SHARDS, ShardFiles, open_shards
 from loaders.shared_memory import SharedBuffer
 from shards.manifest import read_manifest
+from shards.storage import Retry, is_url
 
 MIN_CLIPS_FOR_BUDGET = 100  # max_bad_fraction is not judged on fewer
 STATE_VERSION = 2
@@ -24,6 +28,10 @@ log = logging.getLogger(__name__)
 
 class TooManyBadClips(RuntimeError):
     """More than max_bad_fraction of the clips seen could not be used."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended, or made nothing for so long that it was ended. str() is a sentence for a user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class ClipTable:
     """Number of clips of each shard of a slot, the same in every slot."""
     identity: dict[str, Any]
     """JSON-able: equal only where the same numbers mean the same clips."""
+    files: ShardFiles | None = None
+    """The shards, where the clips come from shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +98,7 @@ class PositionedLoader(ABC):
         self.bad_clips: Counter[str] = Counter()
         self._bad_by_shard: Counter[str] = Counter()
         self._clips_seen = 0
+        self._ahead: FetchAhead | None = None
 
     @abstractmethod
     def _take(self) -> ClipBatch:
@@ -125,22 +136,53 @@ class PositionedLoader(ABC):
         )
 
     def requests(self) -> Iterator[BatchRequest]:
-        """This rank's batches from the current position on, through all later epochs."""
+        """This rank's batches from the current position on, through all later epochs. Shards from a URL are brought
+        ahead of them, until `stop_fetching`."""
         epoch, first = self.epoch, self._next_batch
+        ahead = self._start_fetching()
         while True:
             plan = self.plan(epoch)
             slots = slots_of_epoch(epoch, self.table.num_slots, self.config.clips_per_video)
             for step in range(first, plan.num_batches):
                 rows = plan.batch(step, self.rank, self.world_size)
+                if ahead is not None:
+                    ahead.move(epoch, step)
                 yield BatchRequest(epoch=epoch, step=step, rows=rows, slots=slots)
             epoch, first = epoch + 1, 0
+
+    def coming_shards(self) -> Iterator[ComingShard]:
+        """Shards that the batches from the current position on read from, through all later epochs, in the order in
+        which they are first needed by any rank."""
+        assert self.table.files is not None
+        epoch, start = self.epoch, self._next_batch
+        while True:
+            slots = slots_of_epoch(epoch, self.table.num_slots, self.config.clips_per_video)
+            for index, first, last in self.plan(epoch).shard_spans():
+                if last >= start:
+                    for path in self.table.files.epoch_paths(slots, index):
+                        yield ComingShard(os.path.basename(path), (epoch, first), (epoch, last))
+            epoch, start = epoch + 1, 0
+
+    def _start_fetching(self) -> FetchAhead | None:
+        self.stop_fetching()
+        files = self.table.files
+        if files is not None and files.cache is not None and self.config.cache_ahead > 0:
+            self._ahead = FetchAhead(files.cache, self.coming_shards(), self.config.cache_ahead)
+        return self._ahead
+
+    def stop_fetching(self) -> None:
+        """End what `requests` began: to be called by `close`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
 
     def __iter__(self) -> Iterator[ClipBatch]:
         """The batches that are left of the current epoch.
 
         Raises:
             TooManyBadClips: more than max_bad_fraction of the clips seen were bad.
-            RuntimeError: a worker process died.
+            SourceError: the URL of the shards could not be read.
+            WorkerDied: a worker process died, or made nothing for too long.
         """
         epoch = self.epoch
         while self.epoch == epoch and self._next_batch < len(self):
@@ -222,20 +264,58 @@ def open_shard_table(config: LoaderConfig) -> tuple[ShardFiles, ClipTable]:
     """The shards of a configuration, checked, and which clips they hold.
 
     Raises:
-        ValueError: no manifest, or too many shards are missing or damaged.
+        ValueError: no manifest, too many shards are missing or damaged, or the cache cannot hold one.
+        SourceError: the URL of the shards could not be read.
+        OSError: the folder of the cache cannot be made.
     """
-    manifest = read_manifest(config.shards)
+    retry = Retry(total_seconds=config.source_retry_seconds, stall_seconds=config.source_stall_seconds)
+    manifest = read_manifest(config.shards, retry)
+    cache = None
+    if is_url(config.shards):
+        if not manifest.shards:
+            raise ValueError(f"{config.shards}: the manifest has no shards; re-run make_shards")
+        settings = CacheConfig(
+            url=config.shards,
+            folder=Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir(),
+            max_bytes=int(config.cache_gb * 1e9),
+            retry=retry,
+        )
+        cache = ShardCache(settings, manifest.digest, manifest.shards)
     files = open_shards(
         config.shards,
         manifest,
         config.verify_shards,
         clips_per_video=config.clips_per_video,
         max_bad_shard_fraction=config.max_bad_shard_fraction,
+        cache=cache,
     )
+    if cache is not None:
+        files = replace(files, num_open=_num_open(config, files, cache))
     table = ClipTable(
         folder=config.shards,
         num_slots=manifest.num_slots,
         clips_per_shard=files.clips_per_shard,
         identity={"manifest": manifest.digest, **files.state()},
+        files=files,
     )
     return files, table
+
+
+def _num_open(config: LoaderConfig, files: ShardFiles, cache: ShardCache) -> int:
+    """Shards that a worker keeps open: those that clips may come from at a time, and no more, as what is deleted from
+    the cache stays on the disk while it is open. Warns if the cache is too small for them."""
+    window = config.shuffle_window if config.shuffle else 0
+    reach = (
+        shards_in_window(files.clips_per_shard, window + config.global_batch_size) * config.clips_per_video
+    )
+    sizes = sorted(
+        (cache.num_bytes(os.path.basename(path)) for slot in files.paths for path in slot), reverse=True
+    )
+    needed = sum(sizes[: reach + config.cache_ahead])
+    if needed > cache.config.max_bytes:
+        log.warning(
+            "loader.cache_gb is %g; a window of %d clips and %d shards ahead may take %.3g: with less, shards are "
+            "brought more than once or later",
+            config.cache_gb, window, config.cache_ahead, needed / 1e9,
+        )  # fmt: skip
+    return min(reach, OPEN_SHARDS)

@@ -182,8 +182,9 @@ class LoaderConfig:
     """Where the clips come from and how they are handed out."""
 
     shards: str
-    """Folder written by tools/make_shards.py (holds manifest.json, the tars and their indexes). With backend
-    `raw`: folder of original videos."""
+    """Folder written by tools/make_shards.py (holds manifest.json, the tars and their indexes): a path, or a URL
+    (s3://, gs://, https://, ...), of which shards are brought to cache_dir as they are needed. With backend `raw`:
+    folder of original videos."""
     video_list: str = ""
     """With backend `raw`: file with one path per line, relative to the folder; empty: all videos in it."""
     video_csv: str = ""
@@ -210,8 +211,22 @@ class LoaderConfig:
     max_bad_shard_fraction: float = 0.1
     """The loader does not start when more than this share of the shards is missing or damaged."""
     verify_shards: Literal["size", "sha256"] = "size"
-    """What is checked before the first batch: each tar's size and index, or also its checksum (reads it all).
-    Members are checked by their own checksums whenever they are read."""
+    """What is checked before the first batch: each tar's size and index, or also its checksum (reads it all). Of a
+    URL the sizes alone, by its listing; each shard's checksum when it has been downloaded. Members are checked by
+    their own checksums whenever they are read."""
+    cache_dir: str = ""
+    """Folder on this machine for shards from a URL, shared by all ranks and runs on it. Empty:
+    `$XDG_CACHE_HOME/cmac/shards`, or `~/.cache/cmac/shards`. It stays after the run."""
+    cache_gb: float = 50.0
+    """Most that cache_dir may hold, in GB (1e9 bytes): the shards opened least recently make way. Those that workers
+    still have open take disk space until they are done with them."""
+    cache_ahead: int = 4
+    """Shards from a URL brought before they are needed, beyond those that the next batch may need. 0: none."""
+    source_retry_seconds: float = 300.0
+    """How long a URL that fails is tried again without any progress before the run stops. Less than the time after
+    which other ranks give up waiting in a collective (NCCL: 600 s)."""
+    source_stall_seconds: float = 60.0
+    """A download that brings no bytes for so long is begun again where it stopped."""
     backend: Backend = "auto"
     """`portable`: PyAV and torch in worker processes. `dali-cpu-decode`: the same decoding, DALI for the sound
     and on a GPU one kernel for the pixels. `dali-gpu`: DALI decodes on the GPU. `raw`: no shards, clips are cut
@@ -251,6 +266,10 @@ class LoaderConfig:
             self.verify_shards in ("size", "sha256"),
             "size or sha256",
         )
+        _check("loader.cache_gb", self.cache_gb, self.cache_gb > 0, "more than 0")
+        _check("loader.cache_ahead", self.cache_ahead, self.cache_ahead >= 0, "at least 0")
+        for name in ("source_retry_seconds", "source_stall_seconds"):
+            _check(f"loader.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0")
         _check(
             "loader.backend", self.backend, self.backend in get_args(Backend), " or ".join(get_args(Backend))
         )

@@ -5,6 +5,7 @@ global_batch_size clips, and each rank takes its equal part of it. So a run may 
 carried on with another number of ranks or workers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,12 @@ def slots_of_epoch(epoch: int, num_slots: int, clips_per_video: int = 1) -> tupl
 def count_batches(num_clips: int, global_batch_size: int, drop_last: bool) -> int:
     """Global batches in an epoch of num_clips."""
     return num_clips // global_batch_size if drop_last else -(-num_clips // global_batch_size)
+
+
+def shards_in_window(clips_per_shard: Sequence[int], num_clips: int) -> int:
+    """From how many shards, at most about, a run of num_clips of them in any order of the shards comes."""
+    mean = sum(clips_per_shard) / len(clips_per_shard)
+    return min(len(clips_per_shard), math.ceil(num_clips / mean) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,18 @@ class EpochPlan:
                 window = order[start : start + self.shuffle_window]
                 window[:] = window[random_permutation(len(window), stream)]
         return order
+
+    def shard_spans(self) -> list[tuple[int, int, int]]:
+        """(shard index, first batch, last batch) of each shard that the batches have clips of, in the order of their
+        first clips."""
+        shards = self.order[: self.num_batches * self.global_batch_size, 0]
+        indices, first = np.unique(shards, return_index=True)
+        last = len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]
+        size = self.global_batch_size
+        return [
+            (int(indices[n]), int(first[n]) // size, int(last[n]) // size)
+            for n in np.argsort(first, kind="stable")
+        ]
 
     def batch(self, index: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """int64 (global_batch_size // world_size, 2): the rank's part of a batch; PADDING past the last clip.

@@ -2,6 +2,8 @@
 
 Slots hold the same videos shard by shard. So a bad shard of one slot is replaced by the shard of the same index
 of another slot: every video still comes once per epoch, with another of its seconds.
+
+Shards are files in a local folder, or come from a URL through a `ShardCache`.
 """
 
 import hashlib
@@ -12,19 +14,23 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from loaders.shard_cache import ShardCache
+from shards import storage
 from shards.manifest import Manifest, ShardEntry
 from shards.reader import RawClip, ShardReader, find_shard_fault
 from shards.schema import BadClip
+from shards.storage import Retry
 
 CHECK_THREADS = 16  # for checks of sizes, which wait for the file system
 OPEN_SHARDS = 64  # per process: a file descriptor and an index in memory each
 HASH_BYTES = 1 << 20  # read at a time
 PROGRESS_SECONDS = 10.0  # between two lines about a long check
 SHARDS_IN_ERROR = 3  # named in an error
+READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before a failed read of a network file system is tried again
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +40,7 @@ class ShardFiles:
     """The tars to read. i counts the shards of a slot that are left: 0 <= i < len(clips_per_shard)."""
 
     paths: tuple[tuple[str, ...], ...]
-    """paths[slot][i]: the tar to read for shard i of a slot, substitutions done."""
+    """paths[slot][i]: the tar to read for shard i of a slot, substitutions done; with a cache below its URL."""
     clips_per_shard: tuple[int, ...]
     """Clips of shard i, the same in every slot."""
     substitutions: Mapping[tuple[int, int], int]
@@ -43,6 +49,10 @@ class ShardFiles:
     """ShardEntry.index of the shards that are left out, because too few slots have them."""
     problems: tuple[str, ...]
     """One sentence or two per bad shard: path, value, expected, way out, and what is done about it."""
+    cache: ShardCache | None = None
+    """Where the tars come through; None: the paths are local files."""
+    num_open: int = OPEN_SHARDS
+    """Shards that a process keeps open."""
 
     def epoch_paths(self, slots: Sequence[int], i: int) -> tuple[str, ...]:
         """Tars to read for shard i in an epoch of these slots (`plan.slots_of_epoch`), never one of them twice.
@@ -77,22 +87,25 @@ def open_shards(
     *,
     clips_per_video: int = 1,
     max_bad_shard_fraction: float = 0.1,
+    cache: ShardCache | None = None,
 ) -> ShardFiles:
     """The tars of a folder of shards, those that are bad replaced or left out, and each of them said aloud.
 
     Ranks must come to the same `state()`: where they read different copies, compare it.
 
     Args:
-        folder: holds the tars and their indexes.
+        folder: holds the tars and their indexes; a URL with a cache.
         manifest: of that folder.
         verify: `size`: size of the tar, head, length and end of the index, and headers of the first and last
             clip (`shards.reader.find_shard_fault`). `sha256`: also the checksum of every tar, for which all of
             it is read, and every line of the index. Either way each member is checked by its own checksum when
-            it is read.
+            it is read. Of a URL: the sizes of the tars and whether there is an index, by listing the folder.
         clips_per_video: an index that is good in fewer slots than this is left out.
         max_bad_shard_fraction: LoaderConfig.max_bad_shard_fraction.
+        cache: brings the shards of a URL.
 
     Raises:
+        SourceError: the URL cannot be listed.
         ValueError: the manifest's slots do not fit each other, more than max_bad_shard_fraction of the shards
             are bad, or none is left.
     """
@@ -103,7 +116,11 @@ def open_shards(
     if not layouts or not layouts[0] or any(layout != layouts[0] for layout in layouts):
         raise ValueError(f"{folder}: slots do not hold the same videos shard by shard; re-run make_shards")
     entries = [entry for slot_entries in slots for entry in slot_entries]
-    faults = _find_faults(Path(folder), entries, verify)
+    folder = os.fspath(folder)
+    if cache is None:
+        faults = _find_faults(Path(folder), entries, verify)
+    else:
+        faults = _find_url_faults(folder, entries, cache.config.retry)
     allowed = max_bad_shard_fraction * len(entries)
     if len(faults) > allowed:
         first = "\n  ".join(list(faults.values())[:SHARDS_IN_ERROR])
@@ -113,7 +130,7 @@ def open_shards(
             f"{max_bad_shard_fraction:.0%} (loader.max_bad_shard_fraction):\n  {first}"
             + (f"\n  and {more} more; tools/check_shards.py lists them" if more > 0 else "")
         )
-    return _replace_bad(str(folder), slots, faults, clips_per_video)
+    return replace(_replace_bad(folder, slots, faults, clips_per_video), cache=cache)
 
 
 def _replace_bad(
@@ -145,7 +162,7 @@ def _replace_bad(
                     outcome = f"{column[source].name} is read in its place"
                 problems.append(f"{faults[entry.name]}. Until then {outcome}")
             if not is_dropped:
-                paths[slot].append(os.path.join(folder, column[source].name))
+                paths[slot].append(f"{folder.rstrip('/')}/{column[source].name}")
         if is_dropped:
             dropped.append(column[0].index)
         else:
@@ -198,6 +215,36 @@ def _find_faults(folder: Path, entries: list[ShardEntry], verify: str) -> dict[s
     return {entry.name: faults[entry.name] for entry in entries if entry.name in faults}
 
 
+def _find_url_faults(url: str, entries: list[ShardEntry], retry: Retry) -> dict[str, str]:
+    """Name of a tar behind a URL -> what is wrong with it, as far as a listing tells."""
+    again = "copy it there again or re-run make_shards"
+    is_listed = not url.startswith(
+        ("http://", "https://")
+    )  # where an index page tells no sizes, if there is one
+    sizes = storage.list_sizes(url, retry) if is_listed else {}
+
+    def find(entry: ShardEntry) -> str | None:
+        for name in (entry.name, os.path.splitext(entry.name)[0] + ".idx"):
+            location = storage.join(url, name)
+            if is_listed:
+                is_there, size = name in sizes, sizes.get(name)
+            else:
+                size = storage.size(location, retry)
+                is_there = size is not None or storage.exists(location, retry)
+            if not is_there:
+                return f"{location} is missing; {again}"
+            if name == entry.name and size not in (None, entry.bytes):
+                return f"{location} has {size} bytes, expected {entry.bytes} bytes by its manifest; {again}"
+        return None
+
+    with ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="check-shards") as pool:
+        try:
+            faults = list(pool.map(find, entries))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return {entry.name: fault for entry, fault in zip(entries, faults) if fault is not None}
+
+
 def _find_cheap_fault(folder: Path, entry: ShardEntry) -> str | None:
     return find_shard_fault(folder / entry.name, entry.num_clips, entry.bytes)
 
@@ -237,14 +284,19 @@ class OpenShards:
     def __init__(self, files: ShardFiles) -> None:
         self._files = files
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self._bad: dict[str, str] = {}  # tars that were downloaded in vain, and why
         self._lock = threading.Lock()
 
     def name(self, slots: tuple[int, ...], part: int, shard: int, position: int) -> tuple[str, str]:
-        """(key, file name of the tar) of a clip; the key is made up where the shard cannot be opened."""
+        """(key, file name of the tar) of a clip; the key is made up where the shard cannot be opened.
+
+        Raises:
+            SourceError, OSError: as `read`.
+        """
         path = self._files.epoch_paths(slots, shard)[part]
         try:
-            return self._reader(path).key(position), os.path.basename(path)
-        except (ValueError, OSError, IndexError):
+            return self._opened(path).key(position), os.path.basename(path)
+        except (BadClip, IndexError):
             return f"{os.path.basename(path)}#{position}", os.path.basename(path)
 
     def read(self, slots: tuple[int, ...], part: int, shard: int, position: int) -> RawClip:
@@ -258,34 +310,76 @@ class OpenShards:
 
         Raises:
             BadClip: as `ShardReader.read`; `bad-shard` where the shard cannot be opened any more, or does not have
-                this clip; `read-error` where the file system fails.
+                this clip; `read-error` where the file system fails, and goes on failing.
+            SourceError: the shard's URL cannot be read.
+            OSError: the cache cannot be written to.
         """
         path = self._files.epoch_paths(slots, shard)[part]
         name = f"{os.path.basename(path)}#{position}", os.path.basename(path)
-        try:
-            reader = self._reader(path)
-        except (ValueError, OSError) as error:
-            raise BadClip(*name, "bad-shard") from error
-        if position >= len(reader):
-            raise BadClip(*name, "bad-shard")
-        try:
-            return reader.read(position)
-        except OSError as error:
-            raise BadClip(*name, "read-error") from error
+        for pause in (*READ_PAUSES, None):
+            reader = self._opened(path, position)
+            if position >= len(reader):
+                raise BadClip(*name, "bad-shard")
+            try:
+                return reader.read(position)
+            except OSError as error:
+                self._forget(path, reader)  # a stale handle stays stale
+                if pause is None or not storage.is_transient(error):
+                    raise BadClip(*name, "read-error") from error
+                log.warning("%s: clip %d cannot be read (%s); again in %g s", path, position, error, pause)
+            time.sleep(pause)
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close what is open, and end downloads that are under way."""
         with self._lock:
             self._readers.clear()
+        if self._files.cache is not None:
+            self._files.cache.close()
 
-    def _reader(self, path: str) -> ShardReader:
-        """Reader of a shard, the OPEN_SHARDS last used of which stay open."""
+    def _opened(self, path: str, position: int = 0) -> ShardReader:
+        """Reader of a shard, the last used of which stay open. BadClip if it cannot be opened."""
         with self._lock:
-            reader = self._readers.pop(path, None) or ShardReader(path)
-            self._readers[path] = reader
-            if len(self._readers) > OPEN_SHARDS:
+            reader = self._readers.get(path)
+            if reader is not None:
+                self._readers.move_to_end(path)
+                return reader
+        # Without the lock: others go on reading while this one is brought.
+        reader = self._open(path, position)
+        with self._lock:
+            reader = self._readers.setdefault(path, reader)
+            self._readers.move_to_end(path)
+            if len(self._readers) > self._files.num_open:
                 self._readers.popitem(last=False)  # closed when no thread reads from it any more
             return reader
+
+    def _open(self, path: str, position: int) -> ShardReader:
+        bad = BadClip(f"{os.path.basename(path)}#{position}", os.path.basename(path), "bad-shard")
+        if self._files.cache is not None:
+            if path in self._bad:
+                raise bad
+            try:
+                return self._files.cache.open(os.path.basename(path))
+            except ValueError as error:
+                self._bad[path] = str(error)
+                log.warning("%s; its clips are left out", error)
+                raise bad from error
+        for pause in (*READ_PAUSES, None):
+            try:
+                return ShardReader(path)
+            except ValueError as error:
+                raise bad from error
+            except OSError as error:
+                if pause is None or not storage.is_transient(error):
+                    raise bad from error
+                log.warning("%s cannot be opened (%s); again in %g s", path, error, pause)
+            time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _forget(self, path: str, reader: ShardReader) -> None:
+        with self._lock:
+            if self._readers.get(path) is reader:
+                del self._readers[path]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"files": self._files}
