@@ -5,6 +5,7 @@ One process and one device train one split; the splits of a dataset can be run s
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmac.checkpoint import list_checkpoints, read_state, save_checkpoint
+from cmac.checkpoint import list_checkpoints, newest_valid_checkpoint, read_state, save_checkpoint
 from cmac.compute import ComputeConfig
 from cmac.encoders import R2Plus1D, VideoEncoderConfig
 from cmac.kernels.check import resolve_compute
@@ -712,16 +713,17 @@ def finetune(
         The training, at its end, and what each test found, in order of epochs.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or checkpoints of which none is whole.
+        OSError: a checkpoint cannot be written.
         FloatingPointError: the loss is no longer finite.
     """
     training = Finetuning(config, model, classes, device, len(loader))
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    if checkpoints:
-        state = read_state(checkpoints[-1], device)
-        check_same_run(state["config"], config, checkpoints[-1])
+    newest = newest_valid_checkpoint(folder / "checkpoints", functools.partial(print, flush=True))
+    if newest is not None:
+        state = read_state(newest, device)
+        check_same_run(state["config"], config, newest)
         training.load_state_dict(state, loader)
-        print(f"going on from {checkpoints[-1]} at step {training.step}", flush=True)
+        print(f"going on from {newest} at step {training.step}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / "config.json", (json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode()

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from cmac.archive import find_hazard
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from loaders.config import FRAMES_PER_CLIP, AudioConfig, VideoConfig, gdt_audio_config
 
@@ -122,6 +123,10 @@ def read_weight_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a run folder, a checkpoint or a file of weights")
+    if path.suffix != ".safetensors":
+        hazard = find_hazard(path)
+        if hazard is not None:
+            raise ValueError(f"{path}: not a readable file of weights: {hazard}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

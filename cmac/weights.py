@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cmac.checkpoint import build_model, newest_checkpoint, read_checkpoint
+from cmac.checkpoint import build_as_saved, newest_checkpoint, read_checkpoint
 from cmac.compute import ComputeConfig
 from cmac.encoders import (
     AudioEncoderConfig,
@@ -287,7 +287,7 @@ def load(
     elif (path.parent / CARD).is_file() and path.name in _FILES.values():
         return _from_export(path.parent, device, random_seed, format)
     content = read_weight_file(path)
-    if isinstance(content, dict) and {"format", "step", "config", "model"} <= content.keys():
+    if isinstance(content, dict) and {"format", "step", "config", "model"} <= dict.keys(content):
         if format != "auto":
             raise ValueError(f"{path}: format is {format!r}, but this is a checkpoint of cmac; leave it out")
         if "classes" in content:
@@ -369,7 +369,7 @@ def _from_checkpoint(path: Path, device: torch.device | str, random_seed: int | 
     config = dataclasses.replace(state["config"], compute=ComputeConfig())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed or 0)
-        model = build_model(config)
+        model = build_as_saved(state, path, config)
     if random_seed is None:
         model.load_state_dict(state["model"])
     for module in model.modules():
