@@ -27,6 +27,7 @@ from cmac.encoders import (
     count_parameters,
     initialize_weights,
 )
+from cmac.gradient_norms import GradientNorms
 from cmac.losses import ContrastiveOutput, LossConfig, Negatives, contrastive_loss, total_loss
 from cmac.norm import build_norm_layers
 from cmac.queue import EMPTY, KeyQueue
@@ -115,7 +116,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What one training forward gives. Scalars are float32 and stay on the device."""
+    """What one training forward gives. Scalars are float32 and stay on the device; the losses carry gradients."""
 
     loss: Tensor
     """Eq. (8)."""
@@ -135,6 +136,8 @@ class StepOutput:
     """(global N,) int64."""
     valid: Tensor
     """(global N,) bool."""
+    gradients: GradientNorms | None = None
+    """Of a `TrainingStep` that was asked to measure them."""
 
 
 class CMAC(nn.Module):
@@ -324,8 +327,8 @@ class CMAC(nn.Module):
                 consistency = consistency + (per_clip * weight).sum()
         return StepOutput(
             loss=total_loss(contrastive, consistency, loss.consistency_weight),
-            contrastive=contrastive.detach(),
-            consistency=consistency.detach(),
+            contrastive=contrastive,
+            consistency=consistency,
             accuracy_v2a=accuracy_v2a,
             accuracy_a2v=accuracy_a2v,
             keys_v=gathered.keys[0] if keys else None,

@@ -217,12 +217,26 @@ def build_norm_layers(group_size: int | None, impl: Impl = "auto") -> tuple[Norm
     return functools.partial(BatchNorm2d, **options), functools.partial(BatchNorm3d, **options)
 
 
-@contextlib.contextmanager
-def hold_statistics(module: nn.Module) -> Iterator[None]:
+class hold_statistics(contextlib.AbstractContextManager):  # noqa: N801 - used as a function
     """Inside, batch norms in training normalize by the batch as ever, but leave running statistics and counts alone.
 
-    For running a part of the network again, as activation checkpointing does in backward.
+    For running a part of the network again, as activation checkpointing does in backward. It can be entered again
+    after it was left: each backward through a graph that is kept runs the part once more.
     """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._held = _hold_statistics(self._module)
+        self._held.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._held.__exit__(*error)
+
+
+@contextlib.contextmanager
+def _hold_statistics(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     ours = [norm for norm in norms if isinstance(norm, _BatchNorm)]
     tracks = [norm.track_running_stats for norm in ours]

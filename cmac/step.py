@@ -1,6 +1,7 @@
 """One optimization step of Eq. (8): momentum update, forward, backward, optimizer, queues. Needs torch alone."""
 
 import dataclasses
+import logging
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cmac.collectives import KeyShuffle, num_ranks
+from cmac.gradient_norms import GradientNorms, measure_parts, whole_norm
 from cmac.model import CMAC, StepOutput
 from cmac.optim import OptimizerConfig, build_momentum_update, build_optimizer, set_learning_rate
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -62,12 +66,14 @@ class TrainingStep:
         if channels_last:
             use_channels_last(model)
         if self.compute.compile:
+            # Measuring gradients runs a graph backward more than once, so its tensors must not be written over.
+            torch._functorch.config.donated_buffer = False
             for branch in (model.video, model.audio, model.key_video, model.key_audio):
                 branch.encoder.compile(dynamic=False)
         self.model = model.train()
         self.clip_gradient_norm = optimizer.clip_gradient_norm
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = build_optimizer(parameters, optimizer, capturable=self.compute.cuda_graph)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, optimizer, capturable=self.compute.cuda_graph)
         self.momentum_update = build_momentum_update(
             *model.momentum_pairs(), model.config.momentum, optimizer.backend
         )
@@ -81,6 +87,7 @@ class TrainingStep:
                 gradient_as_bucket_view=True,
             )
         self._graph = _StepGraph(self._run, self.device) if self.compute.cuda_graph else None
+        self._said_why_not_measured = False
 
     def _check(self, model: CMAC) -> None:
         check_device(self.device, self.precision)
@@ -109,6 +116,7 @@ class TrainingStep:
         learning_rate: float,
         shuffle_seed: int,
         second: tuple[Tensor, Tensor] | None = None,
+        measure_gradients: bool = False,
     ) -> StepOutput:
         """Take one step on this rank's clips.
 
@@ -120,6 +128,9 @@ class TrainingStep:
             learning_rate: of this step.
             shuffle_seed: the same on all ranks, another in each step; decides which rank computes which key.
             second: frames and log_mel of another clip of the same videos, for within-modal positives.
+            measure_gradients: fill in `StepOutput.gradients`, the same on all ranks; two more backward passes where
+                both losses are trained. The step is the same, bit for bit. Not with `compute.cuda_graph`, which says
+                so once.
 
         Returns:
             Losses and figures of the step, on the device. With `compute.cuda_graph` the next step overwrites them.
@@ -133,10 +144,17 @@ class TrainingStep:
             for index in range(self.model.num_shuffles())
         )
         if self._graph is not None:
+            if measure_gradients and not self._said_why_not_measured:
+                log.warning(
+                    "gradient norms are not measured: compute.cuda_graph replays a step that has none"
+                )
+                self._said_why_not_measured = True
             return self._graph(inputs, shuffles)
-        return self._run(inputs, shuffles)
+        return self._run(inputs, shuffles, measure_gradients)
 
-    def _run(self, inputs: dict[str, Tensor], shuffles: tuple[KeyShuffle, ...]) -> StepOutput:
+    def _run(
+        self, inputs: dict[str, Tensor], shuffles: tuple[KeyShuffle, ...], measure_gradients: bool = False
+    ) -> StepOutput:
         before = self._changed_by_forward() if self.skip_nonfinite else None
         if self.model.loss_config.contrastive:
             self.momentum_update.step()
@@ -147,13 +165,18 @@ class TrainingStep:
             output = self.forward(
                 inputs["frames"], inputs["log_mel"], inputs["video_ids"], inputs["valid"], shuffles, second
             )
+        parts = self._measure_parts(output) if measure_gradients else None
         self.scaler.scale(output.loss).backward()
+        gradients = None if parts is None else self._gradient_norms(*parts)
+        # Whoever keeps the losses is not to keep the graph behind them.
+        losses = {name: getattr(output, name).detach() for name in ("loss", "contrastive", "consistency")}
+        output = dataclasses.replace(output, **losses, gradients=gradients)
         if before is not None and not self._is_finite(output.loss):
             for tensor, value in before:
                 tensor.copy_(value)
             self.optimizer.zero_grad(set_to_none=True)
             self.skipped_steps += 1
-            return dataclasses.replace(output, loss=output.loss.detach())
+            return output
         if self.clip_gradient_norm > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_gradient_norm)
@@ -161,8 +184,28 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.enqueue(output)
-        # Whoever keeps the loss is not to keep the graph behind it.
-        return dataclasses.replace(output, loss=output.loss.detach())
+        return output
+
+    def _measure_parts(self, output: StepOutput) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(norm of the contrastive part, norm of the consistency part, cosine); None but where both are trained."""
+        weight = self.model.loss_config.consistency_weight
+        if not self.model.loss_config.contrastive or weight == 0:
+            return None, None, None
+        return measure_parts(
+            output.contrastive, weight * output.consistency, self.parameters, self._loss_scale()
+        )
+
+    def _gradient_norms(
+        self, contrastive: Tensor | None, consistency: Tensor | None, cosine: Tensor | None
+    ) -> GradientNorms:
+        """With the whole, from what backward left; a loss that is trained alone is the whole."""
+        whole = whole_norm(self.parameters, self._loss_scale())
+        if cosine is None:
+            contrastive, consistency = (whole, None) if self.model.loss_config.contrastive else (None, whole)
+        return GradientNorms(whole=whole, contrastive=contrastive, consistency=consistency, cosine=cosine)
+
+    def _loss_scale(self) -> Tensor:
+        return self.scaler.scale(torch.ones((), device=self.device))
 
     def _changed_by_forward(self) -> list[tuple[Tensor, Tensor]]:
         """What a step changes before its loss is known, with copies: key encoders and batch-norm statistics."""
