@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from cmac.checkpoint import (
 )
 from cmac.config import RunConfig, config_to_dict
 from cmac.kernels.check import resolve_compute
-from cmac.meter import Meter, timed_batches
+from cmac.meter import Meter, measures_gradients, timed_batches
 from cmac.model import CMAC, StepOutput
 from cmac.nonfinite import StepWindow, tensors_not_finite
 from cmac.optim import OptimizerConfig
@@ -85,7 +86,7 @@ class Pretraining:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0
         self.train_seconds = 0.0
-        self.bad_clips = 0
+        self.bad_clips: Counter[str] = Counter()  # by reason, since the start of the run, of all ranks
         self.commit = git_commit() if self.rank == 0 else None
 
         torch.manual_seed(config.seed)
@@ -142,6 +143,7 @@ class Pretraining:
             learning_rate=self.learning_rate(),
             shuffle_seed=self._shuffle_seed(),
             second=second,
+            measure_gradients=measures_gradients(self.step + 1, self.config.gradient_norms_every),
         )
         self.step += 1
         return output
@@ -162,7 +164,7 @@ class Pretraining:
             "loader": loader.state_dict(),
             "rng": states,
             "train_seconds": self.train_seconds,
-            "bad_clips": self.bad_clips,
+            "bad_clips": dict(self.bad_clips),
             "skipped_steps": self.skipped_steps,
             "commit": self.commit,
         }
@@ -171,7 +173,8 @@ class Pretraining:
         """Go on from a checkpoint's state, as `read_checkpoint` gives it."""
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
-        self.bad_clips = state["bad_clips"]
+        bad = state["bad_clips"]  # a number alone in checkpoints of older versions
+        self.bad_clips = Counter(bad if isinstance(bad, dict) else {"unknown": bad} if bad else {})
         self.trainer.load_state_dict(state)
         self.trainer.skipped_steps = state.get("skipped_steps", 0)
         loader.load_state_dict(state["loader"])

@@ -72,7 +72,7 @@ class RunLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, int | float):
                 self._tensorboard.add_scalar(name, value, row["step"])
         figures = self._describe(row)
         if self._progress is not None:
