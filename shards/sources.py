@@ -1,18 +1,19 @@
 """Which videos go into the shards: a folder, an annotation csv (Kinetics, AudioSet, VGGSound) with a folder, or a
-list file."""
+list file. Each of them can be a local path or an fsspec URL (`s3://bucket/videos`)."""
 
 import csv
 import functools
 import hashlib
 import io
-import itertools
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import unquote
 
+from shards import storage
 from shards.schema import video_hash
 
 Needs = Literal["both", "video", "audio"]
@@ -41,7 +42,8 @@ class SourceVideo:
     video_id: str
     """Path relative to the folder of videos, with `/`; surrogate escapes where it is not UTF-8."""
     path: str | None
-    """Where the file is; None if the csv or list names a video that is not there."""
+    """Path or URL of the file; None if the csv or list names a video that is not there. What a list names behind a
+    URL may not be there all the same: it is not asked before it is read."""
     label: str | None
     key_hash: str
     """First part of the clips' keys, unique in the input."""
@@ -60,7 +62,8 @@ class SourceVideo:
 
 
 def videos_of_folder(folder: str, leave_out: str | None = None) -> list[SourceVideo]:
-    """All video files below `folder`, by suffix, sorted by path. Hidden files and folders are not looked at.
+    """All video files below `folder` (a path or URL), by suffix, sorted by path. Hidden files and folders are not
+    looked at.
 
     The label is the name of the folder that the video is in, None directly in `folder`.
 
@@ -76,12 +79,12 @@ def videos_of_folder(folder: str, leave_out: str | None = None) -> list[SourceVi
             f"{folder} has no video files ({', '.join(sorted(VIDEO_SUFFIXES))}), expected at least one; "
             f"check --videos, or name files of other suffixes with --list"
         )
-    return with_hashes((name, os.path.join(folder, name), _folder_label(name)) for name in names)
+    return with_hashes((name, _location(folder, name), _folder_label(name)) for name in names)
 
 
 def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]:
-    """Videos named in a file, one path per line, relative to `folder` or absolute; and the number of repeated
-    lines.
+    """Videos named in a file, one path per line, relative to `folder` or absolute, or a URL; and the number of
+    repeated lines.
 
     A label may follow the path after a tab. A file that contains NUL bytes is taken as NUL-separated (for
     names with newlines: `find . -print0`). Without a label, it is the name of the video's folder, as in
@@ -90,14 +93,9 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
     Raises:
         ValueError: no such file or folder, or nothing in it.
     """
-    _check_folder(folder)
-    try:
-        with open(list_path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise ValueError(
-            f"{list_path} cannot be read ({error.strerror}), expected a list of videos; check --list"
-        ) from error
+    if not _is_remote(folder):
+        _check_folder(folder)
+    data = _read(list_path, "a list of videos; check --list")
     lines = data.split(b"\0") if b"\0" in data else data.replace(b"\r\n", b"\n").split(b"\n")
     rows: dict[str, tuple[str, str | None, str | None]] = {}
     repeated = 0
@@ -105,19 +103,31 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
         text, tab, label = os.fsdecode(line).partition("\t")
         if not text.strip():
             continue
-        path = os.path.join(folder, text)  # an absolute path stays as it is
-        name = os.path.relpath(path, folder)
-        if name.startswith(os.pardir + os.sep):
-            name = os.path.abspath(path)
-        name = name.replace(os.sep, "/")
+        name, found = _listed_file(folder, text)
         if name in rows:
             repeated += 1
             continue
-        found = path if os.path.exists(path) else None
         rows[name] = (name, found, label.strip() if tab and label.strip() else _folder_label(name))
     if not rows:
         raise ValueError(f"{list_path} names no videos, expected one path per line")
     return with_hashes(rows[name] for name in sorted(rows, key=os.fsencode)), repeated
+
+
+def _listed_file(folder: str, text: str) -> tuple[str, str | None]:
+    """(video_id, path) of a file that a line of a list names."""
+    base = f"{folder.rstrip('/')}/"
+    if storage.is_url(text):
+        name = text.removeprefix(base)
+        quoted = name != text and base.lower().startswith("http")
+        return unquote(name) if quoted else name, text
+    if _is_remote(folder):
+        name = re.sub(r"^(\./+)+", "", text)
+        return name, _location(folder, name)
+    path = os.path.join(_local(folder), text)  # an absolute path stays as it is
+    name = os.path.relpath(path, _local(folder))
+    if name.startswith(os.pardir + os.sep):
+        name = os.path.abspath(path)
+    return name.replace(os.sep, "/"), path if os.path.exists(path) else None
 
 
 def videos_of_kinetics(
@@ -156,7 +166,7 @@ def videos_of_kinetics(
             continue
         folders = {row["label"], row["label"].replace(" ", "_")}
         name = min(candidates, key=lambda name: _kinetics_rank(name, folders, same))
-        videos.setdefault(name, (name, os.path.join(folder, name), label))
+        videos.setdefault(name, (name, _location(folder, name), label))
     return with_hashes(videos[name] for name in sorted(videos, key=os.fsencode))
 
 
@@ -171,20 +181,14 @@ def _whole_seconds(text: str) -> int | None:
 
 
 def _read_kinetics(path: str) -> list[dict[str, str]]:
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if not {"youtube_id"} <= set(columns):
-                raise ValueError(
-                    f"{path} has the columns {', '.join(map(repr, columns)) or 'none'}, "
-                    f"expected {','.join(KINETICS_COLUMNS)}"
-                )
-            rows = [{name: (row.get(name) or "").strip() for name in KINETICS_COLUMNS} for row in reader]
-    except OSError as error:
+    reader = csv.DictReader(_csv_lines(path))
+    columns = reader.fieldnames or []
+    if not {"youtube_id"} <= set(columns):
         raise ValueError(
-            f"{path} cannot be read ({error.strerror}), expected a Kinetics csv; check --csv"
-        ) from error
+            f"{path} has the columns {', '.join(map(repr, columns)) or 'none'}, "
+            f"expected {','.join(KINETICS_COLUMNS)}"
+        )
+    rows = [{name: (row.get(name) or "").strip() for name in KINETICS_COLUMNS} for row in reader]
     return [row for row in rows if row["youtube_id"]]
 
 
@@ -442,16 +446,39 @@ def _class_names(path: str) -> dict[str, str]:
 def _csv_rows(path: str) -> Iterator[list[str]]:
     """Rows of a csv that are not empty; a space after a comma is not part of a cell."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for cells in csv.reader(file, skipinitialspace=True):
-                if any(cells):
-                    yield cells
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}), expected a csv; check --csv and --class-names"
-        ) from error
+        for cells in csv.reader(_csv_lines(path), skipinitialspace=True, strict=True):
+            if any(cells):
+                yield cells
     except csv.Error as error:
         raise ValueError(f"{path} is not a csv ({error}); check --csv and --class-names") from error
+
+
+def _csv_lines(path: str) -> Iterator[str]:
+    text = "a csv; check --csv and --class-names"
+    if _is_remote(path):
+        file = io.BytesIO(_read(path, text))
+    else:
+        try:
+            file = open(_local(path), "rb")
+        except OSError as error:
+            raise _unreadable(path, error, text) from error
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        yield from lines
+
+
+def _read(path: str, expected: str) -> bytes:
+    """All bytes of a file at a path or URL; ValueError if there is none."""
+    try:
+        return storage.read_bytes(path)
+    except storage.SourceError:
+        raise  # no fault of the input: it says what is wrong
+    except OSError as error:
+        raise _unreadable(path, error, expected) from error
+
+
+def _unreadable(path: str, error: OSError, expected: str) -> ValueError:
+    reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
+    return ValueError(f"{path} cannot be read ({reason}), expected {expected}")
 
 
 def _same_split(split: str) -> set[str]:
@@ -465,13 +492,34 @@ def _no_such_split(csv_path: str, split: str, splits: Iterable[str]) -> ValueErr
     )
 
 
+def _is_remote(location: str) -> bool:
+    """Whether it is a URL of something else than a local file."""
+    return storage.is_url(location) and not location.lower().startswith(("file://", "local://"))
+
+
+def _local(location: str) -> str:
+    return location.partition("://")[2] if storage.is_url(location) else location
+
+
 def _location(folder: str, name: str) -> str:
-    return os.path.join(folder, name)
+    """Path or URL of a file below `folder`."""
+    return storage.join(folder if _is_remote(folder) else _local(folder), name)
 
 
 def find_files(folder: str, leave_out: str | None = None) -> Iterable[str]:
     """Paths of regular video files below `folder`, relative to it, with `/`, in no order. Follows links, once
-    each."""
+    each.
+
+    Raises:
+        ValueError: `folder` is no folder, or nothing is listed below a URL.
+        SourceError: a URL cannot be listed.
+    """
+    if _is_remote(folder):
+        yield from _find_remote_files(folder, leave_out)
+        return
+    folder = _local(folder)
+    if leave_out is not None:
+        leave_out = None if _is_remote(leave_out) else _local(leave_out)
     _check_folder(folder)
     banned = os.path.realpath(leave_out) if leave_out is not None else None
     seen = {os.path.realpath(folder)}
@@ -498,8 +546,24 @@ def find_files(folder: str, leave_out: str | None = None) -> Iterable[str]:
                     yield name
 
 
+def _find_remote_files(folder: str, leave_out: str | None) -> Iterator[str]:
+    base = f"{folder.rstrip('/')}/"
+    banned = f"{leave_out.rstrip('/')}/".removeprefix(base) if (leave_out or "").startswith(base) else None
+    names = storage.find_names(folder)
+    if not names:
+        raise ValueError(
+            f"nothing is listed below {folder}, expected the folder of videos; check --videos (over http the server "
+            f"has to list its folders; if it does not, name the files with --list)"
+        )
+    for name in names:
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not hidden and (not banned or not name.startswith(banned)):
+            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+                yield name
+
+
 def _check_folder(folder: str) -> None:
-    if not os.path.isdir(folder):
+    if not os.path.isdir(_local(folder)):
         raise ValueError(f"{folder} is not a folder, expected the folder of videos; check --videos")
 
 

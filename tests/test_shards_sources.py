@@ -1,9 +1,17 @@
-"""Inputs: folders, Kinetics csv files and lists give the same videos in every run, and odd ones are
-noticed."""
+"""Inputs: folders, annotation csv files and lists, on disks and behind URLs, give the same videos in every run, and
+odd ones are noticed."""
 
+import contextlib
+import functools
+import http.server
 import os
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +20,10 @@ import shards.sources
 from shards.order import hash_fraction, shuffled
 from shards.sources import (
     SourceVideo,
+    csv_format,
     video_list_sha256,
+    videos_of_audioset,
+    videos_of_csv,
     videos_of_folder,
     videos_of_kinetics,
     videos_of_list,
@@ -197,3 +208,287 @@ def test_random_order_is_fair() -> None:
     assert all(60 < firsts.count(value) < 140 for value in range(4))
     values = [hash_fraction(seed, "y") for seed in range(400)]
     assert 0 <= min(values) < 0.05 and 0.95 < max(values) < 1 and 0.45 < sum(values) / 400 < 0.55
+
+
+AUDIOSET = """# Segments csv created on Sun Mar  5 10:54:31 2017
+# num_ytids=5, num_segs=5, num_unique_labels=3, num_positive_labels=7
+# YTID, start_seconds, end_seconds, positive_labels
+--PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"
+a_b_c_d_e_f, 0.000, 10.000, "/m/05zppz"
+Yyyyyyyyyyy, 21.600, 31.600, "/m/09x0r"
+ccccccccccc, 500.000, 510.000, "/m/09x0r"
+ddddddddddd, 1230.000, 1240.000, "/m/09x0r"
+"""
+CLASS_NAMES = """index,mid,display_name
+0,/m/09x0r,"Speech"
+1,/m/05zppz,"Male speech, man speaking"
+2,/t/dd00088,"Gush"
+"""
+
+
+def audioset(folder: Path, *names: str, csv: str = AUDIOSET) -> list[SourceVideo]:
+    touch(folder / "v", *names)
+    (folder / "v").mkdir(exist_ok=True)
+    (folder / "a.csv").write_text(csv)
+    return videos_of_csv(str(folder / "v"), str(folder / "a.csv"), "train")
+
+
+def test_audioset_segments_without_a_file_keep_their_row(tmp_path: Path) -> None:
+    videos = audioset(tmp_path)
+    assert [(video.video_id, video.label, video.path, video.window) for video in videos] == [
+        ("--PJHxphWEs_30_40.mp4", "/m/09x0r; /t/dd00088", None, None),
+        ("Yyyyyyyyyyy_21.6_31.6.mp4", "/m/09x0r", None, None),
+        ("a_b_c_d_e_f_0_10.mp4", "/m/05zppz", None, None),
+        ("ccccccccccc_500_510.mp4", "/m/09x0r", None, None),
+        ("ddddddddddd_1230_1240.mp4", "/m/09x0r", None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [
+            "--PJHxphWEs_30_40.mp4",
+            "a_b_c_d_e_f_0_10.mp4",
+            "Yyyyyyyyyyy_21.6_31.6.mp4",
+            "ccccccccccc_500.mp4",
+            "ddddddddddd_1230.webm",
+        ],
+        [
+            "x/--PJHxphWEs_30.000_40.000.mp4",
+            "x/a_b_c_d_e_f_0.0-10.0.mkv",
+            "YYyyyyyyyyyy_21.600.mp4",
+            "z/ccccccccccc_500.0.mp4",
+            "ddddddddddd_1230000_1240000.mp4",
+        ],
+        [
+            "Y--PJHxphWEs_30000_40000.mp4",
+            "a_b_c_d_e_f_0.mp4",
+            "Yyyyyyyyyyy_21600_31600.mp4",
+            "Yccccccccccc_000500_000510.mp4",
+            "ddddddddddd_001230.mp4",
+        ],
+    ],
+)
+def test_files_whose_names_have_the_times_are_used_whole(names: list[str], tmp_path: Path) -> None:
+    others = ["--PJHxphWEs_40_50.mp4", "ccccccccccc_30_40.mp4", "eeeeeeeeeee.mp4", "a_b_c_d_e_.mp4"]
+    videos = audioset(tmp_path, *names, *others)
+    assert {video.video_id: video.window for video in videos} == dict.fromkeys(names)
+    assert all(video.path == str(tmp_path / "v" / video.video_id) for video in videos)
+
+
+def test_whole_youtube_videos_are_cut_to_the_segment(tmp_path: Path) -> None:
+    names = ["--PJHxphWEs.mp4", "Ya_b_c_d_e_f.mkv", "Yyyyyyyyyyy.mp4", "d/ccccccccccc.webm"]
+    videos = {video.video_id: video for video in audioset(tmp_path, *names)}
+    assert {name: videos[name].window for name in names} == {
+        "--PJHxphWEs.mp4": (30.0, 40.0),
+        "Ya_b_c_d_e_f.mkv": (0.0, 10.0),
+        "Yyyyyyyyyyy.mp4": (21.6, 31.6),
+        "d/ccccccccccc.webm": (500.0, 510.0),
+    }
+    assert videos["ddddddddddd_1230_1240.mp4"].path is None
+
+
+def test_the_file_whose_name_says_most_is_taken(tmp_path: Path) -> None:
+    names = ["a/ccccccccccc.mp4", "b/ccccccccccc_500.mp4", "c/ccccccccccc_500_510.mp4"]
+    row = AUDIOSET.splitlines()[6] + "\n"
+    for taken in reversed(names):
+        assert ids(audioset(tmp_path, *names, csv=row)) == [taken]
+        (tmp_path / "v" / taken).unlink()
+        names.remove(taken)
+
+
+def test_segments_of_one_file_have_ids_of_their_own(tmp_path: Path) -> None:
+    csv = "# YTID, start_seconds, end_seconds, positive_labels\n" + "".join(
+        f'ccccccccccc, {start}, {start + 10}, "{label}"\n'
+        for start, label in [(0, "x"), (20.5, "y"), (0, "x")]
+    )
+    videos = audioset(tmp_path, "ccccccccccc.mp4", csv=csv)
+    assert [(video.video_id, video.window, video.label) for video in videos] == [
+        ("ccccccccccc.mp4#t=0,10", (0.0, 10.0), "x"),
+        ("ccccccccccc.mp4#t=20.5,30.5", (20.5, 30.5), "y"),
+    ]
+    assert {video.path for video in videos} == {str(tmp_path / "v" / "ccccccccccc.mp4")}
+    assert len({video.key_hash for video in videos}) == 2
+
+
+def test_audioset_labels_can_be_names(tmp_path: Path) -> None:
+    audioset(tmp_path, "--PJHxphWEs.mp4")
+    (tmp_path / "names.csv").write_text(CLASS_NAMES)
+    paths = str(tmp_path / "v"), str(tmp_path / "a.csv")
+    videos = videos_of_csv(*paths, "train", class_names=str(tmp_path / "names.csv"))
+    assert [video.label for video in videos][:3] == ["Speech; Gush", "Speech", "Male speech, man speaking"]
+    (tmp_path / "names.csv").write_text(CLASS_NAMES.rpartition("2,")[0])
+    with pytest.raises(ValueError, match="has no name for '/t/dd00088'.*--class-names"):
+        videos_of_audioset(*paths, str(tmp_path / "names.csv"))
+    (tmp_path / "names.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match="columns 'a', 'b', expected index,mid,display_name"):
+        videos_of_audioset(*paths, str(tmp_path / "names.csv"))
+    (tmp_path / "a.csv").write_text(CSV)
+    with pytest.raises(ValueError, match="a csv of kinetics.*leave --class-names away"):
+        videos_of_csv(*paths, "train", class_names=str(tmp_path / "names.csv"))
+
+
+VGGSOUND = """---g-f_I2yQ,1,people marching,test
+--0PQM4-hqg,30,"waterfall, burbling",train
+--56QUhyDQM,185,playing tennis,train
+"""
+
+
+def test_vggsound_csv_has_starts_alone(tmp_path: Path) -> None:
+    touch(tmp_path / "v", "train/--0PQM4-hqg_000030.mp4", "--56QUhyDQM.mp4", "---g-f_I2yQ_000001.mp4")
+    (tmp_path / "g.csv").write_text(VGGSOUND)
+    videos = videos_of_csv(str(tmp_path / "v"), str(tmp_path / "g.csv"), "train")
+    assert [(video.video_id, video.label, video.window) for video in videos] == [
+        ("--56QUhyDQM.mp4", "playing tennis", (185.0, 195.0)),
+        ("train/--0PQM4-hqg_000030.mp4", "waterfall, burbling", None),
+    ]
+    with pytest.raises(ValueError, match="no rows of split 'val', expected one of 'test', 'train'"):
+        videos_of_csv(str(tmp_path / "v"), str(tmp_path / "g.csv"), "val")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (CSV, "kinetics"),
+        ("\ufeff" + CSV, "kinetics"),
+        (AUDIOSET, "audioset"),
+        (AUDIOSET.partition("\n# num")[2].partition("\n")[2], "audioset"),
+        ("YTID,start_seconds,end_seconds,positive_labels\n", "audioset"),
+        ('\n--PJHxphWEs, 30.000, 40.000, "/m/09x0r"\n', "audioset"),
+        (VGGSOUND, "vggsound"),
+        ("", None),
+        ("# nothing\n", None),
+        ("id,1,2\n", None),
+        ("a,30,label,here\n", None),
+    ],
+)
+def test_csv_formats_are_told_apart(text: str, kind: str | None, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    if kind is not None:
+        assert csv_format(str(tmp_path / "x.csv")) == kind
+        return
+    with pytest.raises(ValueError, match="expected the header of Kinetics .* or AudioSet .* VGGSound.*--csv"):
+        csv_format(str(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize("row", ["abc, 10, 10, x", "abc, 10", "abc, ten, 20, x", "abc, 10, 20, x, y"])
+def test_damaged_rows_of_audioset_are_named(row: str, tmp_path: Path) -> None:
+    header = "# YTID, start_seconds, end_seconds, positive_labels\n"
+    (tmp_path / "a.csv").write_text(f"{header}q, 1, 2, x\n{row}\n")
+    with pytest.raises(ValueError, match=f"row 3 of .* is '{row.partition(',')[0]}.*expected YTID, .*--csv"):
+        videos_of_audioset(str(tmp_path), str(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text(header + 'q, 1, 2, "x\nr, 1, 2, x\n')
+    with pytest.raises(ValueError, match="not a csv .unexpected end of data"):  # of a quote that never ends
+        videos_of_audioset(str(tmp_path), str(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text(header)
+    with pytest.raises(ValueError, match="has no rows"):
+        videos_of_audioset(str(tmp_path), str(tmp_path / "a.csv"))
+
+
+def test_audioset_is_read_in_time_that_grows_with_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundredth of the 2.08 million rows, all with a file: a search among files for each row would take minutes."""
+    names = [f"{number:011d}" for number in range(20_000)]
+    monkeypatch.setattr(shards.sources, "find_files", lambda *_: (f"{name}.mp4" for name in names))
+    rows = "".join(f'{name}, 30.000, 40.000, "/m/09x0r,/t/dd00088"\n' for name in names)
+    begin = time.process_time()
+    videos = audioset(tmp_path, csv=AUDIOSET.partition("--PJ")[0] + rows)
+    assert len(videos) == 20_000 and all(video.window == (30.0, 40.0) for video in videos)
+    assert time.process_time() - begin < 30
+    assert videos[0].label is videos[1].label  # one string for all
+
+
+def test_list_hash_has_the_window_where_there_is_one(tmp_path: Path) -> None:
+    def sha(**window: float) -> str:
+        return video_list_sha256([SourceVideo(video_id="a", path=None, label="b", key_hash="", **window)])
+
+    # Of folders of shards that exist: must never change.
+    assert sha() == "3c9d591045bc8876f9d0399bbfb05c6a412096e906f73278f98406cd5dca86df"
+    hashes = {
+        sha(),
+        *(sha(start_seconds=a, end_seconds=b) for a, b in [(0, 10), (0, 11), (1, 10), (1.5, 10)]),
+    }
+    assert len(hashes) == 5
+
+
+ODD_NAME = "a b/100% #1?&é+'x'.mp4"
+
+
+def test_videos_below_a_url_are_listed(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    root = f"memory://{tmp_path}"
+    names = [ODD_NAME, "x.MKV", "note.txt", ".hidden/z.mp4", "a/.z.mp4", "out/y.mp4"]
+    for name in names:
+        memory.pipe(f"{tmp_path}/{name}", name.encode())
+    videos = videos_of_folder(f"{root}/", leave_out=f"{root}/out")
+    assert ids(videos) == [ODD_NAME, "x.MKV"] and videos[0].label == "a b"
+    for video in videos:
+        assert video.path is not None and video.path.startswith(root)
+        with fsspec.open(video.path) as file:
+            assert file.read() == video.video_id.encode()
+    assert [video.key_hash for video in videos] == [
+        video.key_hash for video in videos_of_folder(_copy(tmp_path, *ids(videos)))
+    ]
+    with pytest.raises(ValueError, match="nothing is listed below .*--videos"):
+        videos_of_folder(f"{root}-nothing")
+
+
+def _copy(folder: Path, *names: str) -> str:
+    touch(folder / "copy", *names)
+    return str(folder / "copy")
+
+
+def test_csv_and_list_can_be_behind_a_url(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    root = f"memory://{tmp_path}"
+    for name in ["v/-aaaaaaaaaa_000010_000020.mp4", "v/ccccccccccc.mp4"]:
+        memory.pipe(f"{tmp_path}/{name}", b"")
+    memory.pipe(f"{tmp_path}/k.csv", CSV.encode())
+    memory.pipe(f"{tmp_path}/a.csv", AUDIOSET.encode())
+    memory.pipe(f"{tmp_path}/names.csv", CLASS_NAMES.encode())
+    memory.pipe(f"{tmp_path}/list", f"./ccccccccccc.mp4\tx\n{root}/v/gone.mp4\n".encode())
+    kinetics = videos_of_csv(f"{root}/v", f"{root}/k.csv", "train")
+    assert [video.path for video in kinetics if video.path] == [f"{root}/v/-aaaaaaaaaa_000010_000020.mp4"]
+    sounds = videos_of_csv(f"{root}/v", f"{root}/a.csv", "train", f"{root}/names.csv")
+    assert [(video.path, video.window, video.label) for video in sounds if video.path] == [
+        (f"{root}/v/ccccccccccc.mp4", (500.0, 510.0), "Speech")
+    ]
+    listed, _ = videos_of_list(f"{root}/v", f"{root}/list")
+    assert [(video.video_id, video.path) for video in listed] == [
+        (name, f"{root}/v/{name}") for name in ("ccccccccccc.mp4", "gone.mp4")
+    ]
+    local, _ = videos_of_list(str(tmp_path), f"{root}/list")
+    assert local[1].video_id == local[1].path == f"{root}/v/gone.mp4"
+    with pytest.raises(ValueError, match="no such file.*--list"):
+        videos_of_list(str(tmp_path), f"{root}/none")
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *args: None  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_names_are_quoted_in_http_addresses(tmp_path: Path) -> None:
+    touch(tmp_path, ODD_NAME)
+    (tmp_path / ODD_NAME).write_bytes(b"video")
+    with served(tmp_path) as root:
+        (video,) = videos_of_folder(root)
+        assert video.video_id == ODD_NAME and video.path is not None
+        with urllib.request.urlopen(video.path, timeout=10) as answer:
+            assert answer.read() == b"video"
+        (tmp_path / "list").write_text(f"{video.path}\n")
+        listed, _ = videos_of_list(root, f"{root}/list")
+        assert [(line.video_id, line.path) for line in listed] == [(ODD_NAME, video.path)]
+
+
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
+    touch(tmp_path, "a/x.mp4", "out/y.mp4")
+    videos = videos_of_folder(f"file://{tmp_path}", leave_out=f"file://{tmp_path}/out")
+    assert [(video.video_id, video.path) for video in videos] == [("a/x.mp4", str(tmp_path / "a/x.mp4"))]
