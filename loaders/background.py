@@ -38,14 +38,16 @@ class Background(Generic[Result]):
                 raise self._error
             raise RuntimeError("the loader was closed while a batch was waited for")
 
-    def close(self) -> None:
-        """Ends the thread: waits for the call of make that is under way. Results that are ready are dropped."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Ends the thread: waits for the call of make that is under way, for at most so many seconds; None: for as
+        long as it takes. Results that are ready are dropped. Whether the thread has ended."""
         with self._changed:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:

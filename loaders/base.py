@@ -174,7 +174,9 @@ class PositionedLoader(ABC):
         """End what `requests` began: to be called by `close`."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
+            assert self.table.files is not None and self.table.files.cache is not None
             ahead.close()
+            self.table.files.cache.close()
 
     def __iter__(self) -> Iterator[ClipBatch]:
         """The batches that are left of the current epoch.

@@ -176,6 +176,7 @@ class DaliGpuLoader(PositionedLoader):
         """End the threads and free the pipeline. Iterating again starts anew at the current position."""
         batches, threads = self._batches, self._threads
         self._batches, self._threads = None, None
+        self.stop_fetching()
         if batches is not None:
             batches.close()
         if threads is not None:

@@ -6,10 +6,13 @@ straight into memory of the training process that the request named.
     requests (training process) -> BatchRequest -> ClipDataset (worker) -> FilledRequest (training process)
 """
 
+import faulthandler
 import math
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,7 +32,7 @@ from loaders.augment import (
     yuv_window_size,
 )
 from loaders.background import Background
-from loaders.base import BatchRequest, ClipTable, PositionedLoader
+from loaders.base import BatchRequest, ClipTable, PositionedLoader, WorkerDied
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.decode import (
@@ -46,7 +49,11 @@ from loaders.shared_memory import BufferPool
 from loaders.video_ops import color_jitter
 from shards.pool import without_main_module
 from shards.schema import SAMPLES_PER_CLIP, BadClip, ClipInfo
+from shards.storage import is_url
 
+HANG_SECONDS = 1200.0  # for one batch; a worker that makes none for longer is ended
+CLOSE_SECONDS = 5.0  # for workers to end by themselves
+STACK_SECONDS = 1.0  # for a worker to write down where it hangs
 ALIGNMENT = 64  # bytes: arrays of a batch start at a cache line
 
 
@@ -140,6 +147,9 @@ class FilledRequest:
     parts: list[FilledPart]
     memory: Tensor | None
     """uint8 (layout.num_bytes,); None on the way from a worker that wrote to the request's buffer."""
+    error: OSError | None = None
+    """What ends the run, met in the worker: SourceError, or of the cache. It travels as a value because an exception
+    arrives as another one, whose message is a traceback."""
 
 
 class ClipMaker(Protocol):
@@ -241,11 +251,18 @@ class ClipDataset(Dataset):
         else:
             memory = torch.from_numpy(request.buffer.open())
         with _one_thread():
-            parts = [
-                self._make(request, part, layout.tensors(memory, part)) for part in range(layout.num_parts)
-            ]
+            error, parts = None, []
+            try:
+                for part in range(layout.num_parts):
+                    parts.append(self._make(request, part, layout.tensors(memory, part)))
+            except OSError as problem:
+                error = problem
         return FilledRequest(
-            request=request, layout=layout, parts=parts, memory=memory if request.buffer is None else None
+            request=request,
+            layout=layout,
+            parts=parts,
+            memory=memory if request.buffer is None else None,
+            error=error,
         )
 
     def _make(self, request: BatchRequest, part: int, arrays: dict[str, Tensor]) -> FilledPart:
@@ -313,6 +330,7 @@ class ClipWorkers:
         prefetch_batches: int,
         num_clips: int,
         num_parts: int,
+        hang_seconds: float = HANG_SECONDS,
     ) -> None:
         """Starts them. num_workers=0: the caller of `take` does the work.
 
@@ -323,6 +341,7 @@ class ClipWorkers:
             prefetch_batches: filled ahead, rounded up to a multiple of num_workers.
             num_clips: N.
             num_parts: 1, or 2 with second clips.
+            hang_seconds: longest that a batch may be waited for; then all workers are ended.
         """
         self._pool = None
         workers: dict[str, Any] = {}
@@ -335,7 +354,7 @@ class ClipWorkers:
                 "worker_init_fn": _start_worker,
                 "multiprocessing_context": _worker_context(),
             }
-        sampler = _RequestSampler(requests, self._pool)
+        self._sampler = sampler = _RequestSampler(requests, self._pool)
         # A generator of its own: starting workers must not draw from the training's.
         loader = DataLoader(
             dataset,
@@ -345,9 +364,12 @@ class ClipWorkers:
             generator=torch.Generator().manual_seed(0),
             **workers,
         )
-        with without_main_module():
+        with without_main_module(), _signals_held():
             self._filled: Iterator[FilledRequest] | None = iter(loader)
         self._processes: Sequence[Any] = list(getattr(self._filled, "_workers", []))
+        self._hang_seconds = hang_seconds
+        self._hung = ""
+        self._num_taken = 0
 
     @property
     def process_ids(self) -> list[int]:
@@ -363,39 +385,83 @@ class ClipWorkers:
         """The next filled request, with memory.
 
         Raises:
-            RuntimeError: a worker died.
+            WorkerDied: a worker ended, or made nothing for `hang_seconds`.
+            SourceError: a worker could not read the URL of the shards.
+            OSError: or not write to their cache.
         """
         assert self._filled is not None, "closed"
+        watch = threading.Timer(self._hang_seconds, self._end_hung) if self._processes else None
         try:
+            if watch is not None:
+                watch.daemon = True
+                watch.start()
             filled = next(self._filled)
         except RuntimeError as error:
             dead = [process for process in self._processes if process.exitcode not in (None, 0)]
             self.close()
+            if self._hung:
+                raise WorkerDied(self._hung) from error
             if not dead:
                 raise
             codes = ", ".join(f"pid {process.pid}: {_describe_exit(process.exitcode)}" for process in dead)
-            raise RuntimeError(
-                f"loader worker died ({codes}); if memory ran out, lower loader.num_workers or "
-                f"loader.prefetch_batches"
+            raise WorkerDied(
+                f"loader worker died ({codes}), expected it to live as long as the training; if memory ran out, "
+                f"lower loader.num_workers or loader.prefetch_batches, then run the same command again"
             ) from error
         except BaseException:
             # The DataLoader's iterator is not to be used after an error of a worker.
             self.close()
             raise
+        finally:
+            if watch is not None:
+                watch.cancel()
+        del self._sampler.sent[self._num_taken]
+        self._num_taken += 1
+        if filled.error is not None:
+            self.close()
+            raise filled.error
         if filled.memory is None:
             assert self._pool is not None and filled.request.buffer is not None
             memory = torch.from_numpy(self._pool.lend(filled.request.buffer))
             filled = replace(filled, memory=memory)
         return filled
 
+    def _end_hung(self) -> None:
+        """Runs in a thread when a batch is overdue: says so, and ends all workers, so that `take` finds them dead."""
+        worker = self._num_taken % len(self._processes)  # batches are given to workers in turns
+        process, request = self._processes[worker], self._sampler.sent[self._num_taken]
+        self._hung = (
+            f"loader worker {worker} (pid {process.pid}) has made no batch for {self._hang_seconds:g} s, expected "
+            f"batch {request.step} of epoch {request.epoch}; the stacks of all workers are above. If the file system "
+            f"hangs, mend it; then run the same command again"
+        )
+        for process in self._processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR2)  # writes its stacks
+        time.sleep(STACK_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes at once, whatever they are at; a `take` in another thread finds them dead."""
+        for process in self._processes:
+            process.kill()
+
     def close(self) -> None:
-        """End the processes. Memory that is lent stays valid."""
+        """End the processes, those that do not end by themselves by force. Memory that is lent stays valid."""
         # Asked for by name: a traceback may keep the DataLoader's iterator alive, and with it the workers.
         end_workers = getattr(self._filled, "_shutdown_workers", None)
         pool = self._pool
         self._filled, self._pool = None, None
         if end_workers is not None:
-            end_workers()
+            watch = threading.Timer(CLOSE_SECONDS, self.kill)
+            watch.daemon = True
+            watch.start()
+            try:
+                end_workers()
+            finally:
+                watch.cancel()
+            for process in self._processes:
+                process.join(CLOSE_SECONDS)
         if pool is not None:
             pool.close()
 
@@ -446,6 +512,8 @@ class WorkerLoader(PositionedLoader):
                 prefetch_batches=config.prefetch_batches,
                 num_clips=self.batch_size,
                 num_parts=config.clips_per_video,
+                # A worker may wait for a shard that another waits for.
+                hang_seconds=HANG_SECONDS + 2 * config.source_retry_seconds * is_url(config.shards),
             )
             workers = self._workers
             if self._finishes_ahead():
@@ -461,7 +529,10 @@ class WorkerLoader(PositionedLoader):
         """End the worker processes. Iterating again starts new ones at the current position."""
         finished, workers = self._finished, self._workers
         self._finished, self._workers = None, None
-        if finished is not None:
+        self.stop_fetching()
+        if finished is not None and not finished.close(CLOSE_SECONDS):
+            assert workers is not None
+            workers.kill()  # its thread waits for one that stalls
             finished.close()
         if workers is not None:
             workers.close()
@@ -473,9 +544,12 @@ class _RequestSampler(Sampler):
     def __init__(self, requests: Iterator[BatchRequest], pool: BufferPool | None) -> None:
         self._requests = requests
         self._pool = pool
+        self.sent: dict[int, BatchRequest] = {}
+        """Requests by their number; whoever takes the result removes it."""
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        for request in self._requests:
+        for number, request in enumerate(self._requests):
+            self.sent[number] = request
             yield request if self._pool is None else replace(request, buffer=self._pool.acquire())
 
 
@@ -506,11 +580,34 @@ def _worker_context() -> Any:
     return context
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started inside never get the signals that ask a run to stop, which a batch system sends to all its
+    processes: the training process ends its workers when it has no more use for them."""
+    held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     """Runs first in each worker: one thread for torch, and a watch on the training process."""
     torch.set_num_threads(1)
     # torch's own watchdog looks at the parent process: here the fork server, which lives as long as they do.
     threading.Thread(target=_exit_with_parent, daemon=True, name="loader-parent-watch").start()
+    threading.Thread(target=_obey_parent, daemon=True, name="loader-signal-watch").start()
+    faulthandler.register(signal.SIGUSR2)  # stacks of all threads, to see where a worker hangs
+
+
+def _obey_parent() -> None:
+    """Ends this process at a SIGTERM of the training process; those of others are dropped, see `_signals_held`."""
+    parent = multiprocessing.parent_process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    while parent is not None:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
+            os._exit(0)
 
 
 def _exit_with_parent() -> None:
