@@ -32,6 +32,7 @@ from cmac.provenance import git_commit
 from cmac.run_log import RunLog
 from cmac.step import Precision, TrainingStep
 from cmac.stop import Stopped, StopSignals
+from cmac.wandb_log import check_wandb
 from cmac.watchdog import Watchdog
 from loaders import Loader
 from loaders.batch import ClipBatch
@@ -206,6 +207,7 @@ def start(config: RunConfig, loader: Loader, device: torch.device) -> Pretrainin
         ValueError: the configuration does not fit the shards or the machine, or the run folder holds another run.
         OSError: the run folder cannot be written.
     """
+    check_wandb(config.wandb_project)
     run_dir = Path(config.run_dir)
     training = Pretraining(config, device, len(loader))
     _resume(training, loader, run_dir)
@@ -298,7 +300,13 @@ class _Run:
         self._window = StepWindow(self._folder / "nonfinite", training.rank, self._agreement)
         self._log = None
         if training.rank == 0:
-            self._log = RunLog(self._folder, training.total_steps, training.step)
+            self._log = RunLog(
+                self._folder,
+                training.total_steps,
+                training.step,
+                wandb_project=config.wandb_project,
+                config=config_to_dict(config),
+            )
         self._meter = Meter(training)
         self._logged = self._saved = training.step
 
