@@ -24,7 +24,7 @@ DCASE_SCENES = (
     "bus busystreet office openairmarket park quietstreet restaurant supermarket tube tubestation".split()
 )
 DCASE_FOLDS = 5
-HMDB51_LIST = re.compile(r"(.+)_test_split([123])\.txt")
+HMDB51_LIST = re.compile(r"(?s)(.+)_test_split([123])\.txt")
 ESC_LISTS = ("meta", "")
 ESC_COLUMNS = ("filename", "fold", "target", "category", "esc10")
 ESC_FOLDS = ("1", "2", "3", "4", "5")
@@ -88,7 +88,7 @@ def ucf101(folder: str | os.PathLike[str], split: str | int) -> ClassificationSp
     lists = _find_annotation(root, UCF101_LISTS, "classInd.txt")
     numbers: dict[str, str] = {}  # class -> number as written
     for place, line in _lines(lists / "classInd.txt"):
-        match = re.fullmatch(r"(\d+)\s+(\S+)", line)
+        match = re.fullmatch(r"(\d+)[ \t]+([^/]+)", line)
         if match is None:
             raise ValueError(f"{place}: {line!r}, expected a number and a class, such as '1 ApplyEyeMakeup'")
         number, label = match.groups()
@@ -113,7 +113,7 @@ def _read_ucf101(path: Path, numbers: dict[str, str], part: str) -> list[_Listed
     videos = []
     for place, line in _lines(path):
         # Choice: some copies of the test lists repeat the number; it is checked where it is there.
-        match = re.fullmatch(r"([^/\s]+)/([^/]+?\.\w+)(?:\s+(\d+))?", line)
+        match = re.fullmatch(r"([^/]+)/([^/]+?\.\w+)(?:[ \t]+(\d+))?", line)
         if match is None or (part == "train" and match[3] is None):
             raise ValueError(f"{place}: {line!r}, expected {expected}")
         label, file, number = match.groups()
@@ -399,7 +399,7 @@ def _lines(path: Path) -> list[tuple[str, str]]:
             f"{path} cannot be read ({error.strerror}), expected it among the dataset's annotations"
         ) from error
     # Not splitlines(), which would also end a line at characters that a name may hold.
-    lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
+    lines = ((number, line.strip(" \t\r")) for number, line in enumerate(text.split("\n"), 1))
     return [(f"{path}, line {number}", line) for number, line in lines if line]
 
 

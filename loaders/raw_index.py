@@ -13,18 +13,18 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import av
 import av.logging
 
-from shards.ffmpeg import FORMATS, PROTOCOLS
 from shards.manifest import write_atomically
+from shards.media import SourceLimits, Unusable, bounded_memory, open_media
 from shards.pool import Lost, run_jobs, usable_cores, without_main_module
 from shards.schema import CLIP_SECONDS, FPS
-from shards.slicing import HALF_FRAME_SECONDS, TIME_SLACK_SECONDS, Unusable, probe_video
+from shards.slicing import HALF_FRAME_SECONDS, TIME_SLACK_SECONDS, is_cut_already, probe_video
 from shards.sources import Needs, SourceVideo, videos_of_folder, videos_of_kinetics, videos_of_list
 
 INDEX_VERSION = 3
@@ -32,8 +32,8 @@ INDEX_SECONDS = 120.0
 """Reading one video for the index may take so long; then it is left out (`timeout`)."""
 SAVE_SECONDS = 60.0
 """While an index is made, what is known is saved this often: a run that is stopped goes on where it was."""
-OPEN_OPTIONS = {"protocol_whitelist": PROTOCOLS, "format_whitelist": FORMATS}
-"""A video may not make libav open addresses or other files."""
+LIMITS = SourceLimits()
+"""On what a file may ask of the machine."""
 MPEG4_LEAST_BYTES = 20
 """Packets of MPEG-4 (part 2) that are smaller hold no picture of their own; libavcodec draws the line there, too."""
 
@@ -88,6 +88,11 @@ class IndexedVideo:
         """(width, height) of the displayed picture with square pixels: what `scaled_size` is to be asked with."""
         return max(round(self.width * self.pixel_aspect), 1), self.height
 
+    @property
+    def end_seconds(self) -> float:
+        """Until then all streams that are used are there."""
+        return self.start_seconds + self.duration_seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoIndex:
@@ -99,7 +104,8 @@ class VideoIndex:
     """Sorted by id. A video's position is its place here."""
     skipped: tuple[tuple[str, str], ...]
     """(video_id, reason) of the others: `missing`, `unreadable`, `undecodable`, `no-video`, `no-audio`,
-    `no-samples`, `too-short`, `timeout`, `crash`."""
+    `no-samples`, `too-short`, `timeout`, `crash`, `memory`, `outside-window` (`SourceVideo.window`), and what
+    `shards.media.open_media` refuses."""
 
     @property
     def digest(self) -> str:
@@ -223,7 +229,14 @@ def index_files(
             skipped.append((source.video_id, result["reason"]))
             continue
         video = _indexed(source, result)
-        if video.duration_seconds < min_seconds(video):
+        if source.window is not None and not is_cut_already(video.end_seconds, source.window):
+            video = _inside_window(video, source.window)
+            if video.duration_seconds <= 0:
+                skipped.append((source.video_id, "outside-window"))
+                continue
+        if video.start_seconds + video.duration_seconds > LIMITS.max_hours * 3600:
+            skipped.append((source.video_id, "too-long"))  # its packets are that far apart
+        elif video.duration_seconds < min_seconds(video):
             skipped.append((source.video_id, "too-short"))
         else:
             videos.append(video)
@@ -335,13 +348,27 @@ def _scan_all(
 
 def _scan_job(job: tuple[str, str | None, Needs]) -> dict[str, Any]:
     """Runs in a worker process."""
-    return scan_video(*job[1:])
+    with bounded_memory(LIMITS.max_memory_bytes):
+        return scan_video(*job[1:])
 
 
 def _indexed(source: SourceVideo, found: dict[str, Any]) -> IndexedVideo:
     values = {name: found[name] for name in _FOUND}
     values["keyframe_seconds"] = tuple(values["keyframe_seconds"])
     return IndexedVideo(video_id=source.video_id, key_hash=source.key_hash, label=source.label, **values)
+
+
+def _inside_window(video: IndexedVideo, window: tuple[float, float]) -> IndexedVideo:
+    """A video of which only what is in a window is used; its length is 0 or less where they do not meet."""
+    start = max(video.start_seconds, window[0])
+    end = min(video.end_seconds, window[1])
+    share = max(end - start, 0.0) / max(video.duration_seconds, 1e-6)
+    return replace(
+        video,
+        start_seconds=round(start, 6),
+        duration_seconds=math.floor((end - start) * 1e6) / 1e6,
+        num_frames=math.floor(video.num_frames * min(share, 1.0)),
+    )
 
 
 _FOUND = [field.name for field in fields(IndexedVideo) if field.name not in ("video_id", "key_hash", "label")]
@@ -359,13 +386,15 @@ def scan_video(path: str | None, needs: Needs = "both") -> dict[str, Any]:
         return _scan(path, needs)
     except Unusable as error:
         return {"reason": error.reason}
-    except (av.error.FFmpegError, OSError, ValueError, IndexError):
+    except MemoryError:
+        return {"reason": "memory"}
+    except (av.error.FFmpegError, OSError, ValueError, IndexError, ArithmeticError):
         return {"reason": "undecodable"}
 
 
 def _scan(path: str, needs: Needs) -> dict[str, Any]:
-    probe = probe_video(path, needs)
-    with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
+    probe = probe_video(path, needs, LIMITS)
+    with open_media(path, LIMITS) as container:
         origin = origin_seconds(container)
         indices = [index for index in (probe.video_stream, probe.audio_stream) if index is not None]
         streams = [container.streams[index] for index in indices]

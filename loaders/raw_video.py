@@ -12,9 +12,10 @@ clip costs a search in the file and the decoding of all that lies between its st
 import math
 import os
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import av
@@ -24,7 +25,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from loaders.augment import random_stream, scaled_size
 from loaders.raw_index import (
-    OPEN_OPTIONS,
+    INDEX_SECONDS,
+    LIMITS,
     IndexedVideo,
     VideoIndex,
     index_videos,
@@ -33,6 +35,7 @@ from loaders.raw_index import (
     origin_seconds,
     read_packets,
 )
+from shards.media import Unusable, open_media
 from shards.schema import (
     CLIP_SECONDS,
     FPS,
@@ -60,6 +63,8 @@ ATTEMPTS = ((0.0, False), (1.0, False), (5.0, False), (0.0, True))
 before a time `back` seconds earlier (what a file calls key frames are not always ones, and a search may end too
 late); at last with a decoder that has seen the first packet of the file (in 4:4:4 of old x264, the only one that
 says how to decode)."""
+READ_SECONDS = INDEX_SECONDS
+"""Reading a clip may take so long; then it is bad (`timeout`). Asked after each packet."""
 EPSILON_SECONDS = 1e-6
 """For comparing sums of times that were rounded to microseconds."""
 
@@ -163,7 +168,8 @@ class RawVideoReader:
         Raises:
             BadClip: `missing`, `unreadable`, `stale-index` (the file has another size than when it was indexed),
                 `decode-error`, `frame-count` unless the picture is there for the whole clip, `sample-count`
-                where more than 31 ms of sound are missing at either end. out then holds anything.
+                where more than 31 ms of sound are missing at either end, `timeout`, or what
+                `shards.media.open_media` refuses. out then holds anything.
         """
         assert list(frame_indices) == sorted(set(frame_indices)), frame_indices
         bounds = tuple(start_seconds + (i + 0.5) / FPS - EPSILON_SECONDS for i in frame_indices)
@@ -254,17 +260,18 @@ class RawVideoReader:
             (float32 (1 or 2, num_samples) in [-1, 1), sample rate): mono or, of two and more channels, stereo.
 
         Raises:
-            BadClip: `missing`, `unreadable`, `decode-error` (nothing decodes).
+            BadClip: `missing`, `unreadable`, `decode-error` (nothing decodes), `timeout`, or what
+                `shards.media.open_media` refuses.
         """
         video = self._index.videos[position]
         assert video.audio_stream is not None, video.video_id
         try:
-            with av.open(
-                f"file:{self._index.path(position)}", options=OPEN_OPTIONS, metadata_errors="replace"
-            ) as container:
+            with open_media(self._index.path(position), LIMITS) as container:
                 found = _read_soundtrack(container, video.audio_stream, start_seconds, seconds, rates)
         except FileNotFoundError:
             raise BadClip(self.key(position), video.video_id, "missing") from None
+        except (Unusable, _TooSlow) as error:
+            raise BadClip(self.key(position), video.video_id, error.args[0]) from error
         except (av.error.FFmpegError, OSError) as error:
             raise BadClip(self.key(position), video.video_id, "unreadable") from error
         if found is None:
@@ -309,6 +316,8 @@ class _Clip:
     num_samples: int
     bounds: tuple[float, ...]
     """Frames that start before this time may be the output frame; the last of them is."""
+    deadline: float = field(default_factory=lambda: time.monotonic() + READ_SECONDS)
+    """Of the clock of `time.monotonic`."""
 
     @property
     def end_seconds(self) -> float:
@@ -365,6 +374,15 @@ class _Canvas:
         self._out[row] = self._out[row - 1]
 
 
+class _TooSlow(Exception):
+    """Reading takes too long; the argument is `timeout`."""
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise _TooSlow("timeout")
+
+
 class _Retry(Exception):
     """The picture cannot be had from where the search in the container ended; the argument is the reason that
     the BadClip will have."""
@@ -381,9 +399,11 @@ def _read(clip: _Clip, canvas: _Canvas) -> np.ndarray:
     if num_bytes != clip.video.num_bytes:
         raise clip.bad("stale-index")
     try:
-        with av.open(f"file:{clip.path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
+        with open_media(clip.path, LIMITS) as container:
             return _read_container(clip, canvas, container)
-    except (av.error.FFmpegError, OSError) as error:
+    except (Unusable, _TooSlow) as error:
+        raise clip.bad(error.args[0]) from error
+    except (av.error.FFmpegError, OSError, ArithmeticError) as error:
         raise clip.bad("decode-error") from error
 
 
@@ -405,7 +425,7 @@ def _read_container(clip: _Clip, canvas: _Canvas, container: av.container.InputC
     elif sound is not None:
         if clip.start_seconds - AUDIO_PREROLL_SECONDS > video.audio_start_seconds:
             _seek(container, sound.stream, clip.start_seconds - AUDIO_PREROLL_SECONDS, origin)
-        _feed(container, None, sound)
+        _feed(container, None, sound, clip.deadline)
     if sound is None:
         return np.zeros(0, dtype=np.int16)
 
@@ -422,7 +442,7 @@ def _read_container(clip: _Clip, canvas: _Canvas, container: av.container.InputC
             _seek(container, container.streams[video.video_stream], keyframe, origin)
             is_last = is_last or keyframe == video.keyframe_seconds[0]
         sound = _Sound(clip, sound.stream, origin, take_late=is_last)
-        _feed(container, None, sound)
+        _feed(container, None, sound, clip.deadline)
     return sound.samples()
 
 
@@ -451,7 +471,7 @@ def _read_picture(
             _seek(container, stream, keyframe, origin)
         picture = _Picture(clip, canvas, stream, origin, keyframe)
         try:
-            _feed(container, picture, sound if tried is None else None)
+            _feed(container, picture, sound if tried is None else None, clip.deadline)
             return
         except _Retry as error:
             reason, tried = error.args[0], keyframe
@@ -482,11 +502,21 @@ def _prime(
         pass
 
 
-def _feed(container: av.container.InputContainer, picture: "_Picture | None", sound: "_Sound | None") -> None:
-    """Gives packets to both until they have what they need, or to the end of the file."""
+def _feed(
+    container: av.container.InputContainer,
+    picture: "_Picture | None",
+    sound: "_Sound | None",
+    deadline: float,
+) -> None:
+    """Gives packets to both until they have what they need, or to the end of the file.
+
+    Raises:
+        _TooSlow: the deadline is over.
+    """
     takers = {taker.stream.index: taker for taker in (picture, sound) if taker is not None}
     waiting = set(takers)
     for packet in read_packets(container, *(taker.stream for taker in takers.values())):
+        _check_time(deadline)
         index = packet.stream_index
         if index in waiting and takers[index].take(packet):
             waiting.remove(index)
@@ -709,9 +739,11 @@ def _read_soundtrack(
     stream.codec_context.thread_type = "NONE"
     origin, tick = origin_seconds(container), float(stream.time_base)
     rate, num_channels, mixer = 0, 0, None
+    deadline = time.monotonic() + READ_SECONDS
     pieces: list[tuple[int, np.ndarray]] = []
     # Choice: all packets before are passed over, not searched: searching sound alone is not exact everywhere.
     for packet in read_packets(container, stream):
+        _check_time(deadline)
         ticks = packet.pts if packet.pts is not None else packet.dts
         begin = None if ticks is None else ticks * tick - origin
         if begin is not None and begin > start_seconds + seconds + AUDIO_TAIL_SECONDS:

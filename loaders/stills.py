@@ -10,6 +10,7 @@ is an error).
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
@@ -26,8 +27,12 @@ from loaders.listed import ClipSampling, ListedClips
 from loaders.localisation_sets import PairFiles
 from loaders.raw_index import VideoIndex, index_files
 from loaders.workers import ClipOutputs, WorkerLoader
+from shards.media import SourceLimits
 from shards.schema import SAMPLE_RATE, BadClip, ClipInfo, clip_key, video_number
 from shards.sources import with_hashes
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""Of images, whatever their names say. Pillow would hand others to programs (EPS to Ghostscript)."""
 
 Fit = Literal["squash", "crop"]
 """How an image becomes a square.
@@ -41,14 +46,23 @@ def read_still(path: str, key: str = "", shard: str = "") -> Image.Image:
     """An image file as RGB, decoded, in its stored orientation (boxes of test sets are of stored pixels).
 
     Raises:
-        BadClip: `missing-image`, or `bad-image` if it cannot be read or decoded to its end.
+        BadClip: `missing-image`, `unreadable` if it is no regular file, `too-many-pixels` by its header, or
+            `bad-image` if it cannot be read or decoded to its end.
     """
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise BadClip(key, shard, "unreadable")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > SourceLimits().max_pixels:
+                    raise BadClip(key, shard, "too-many-pixels")
+                return image.convert("RGB")
     except FileNotFoundError:
         raise BadClip(key, shard, "missing-image") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise BadClip(key, shard, "too-many-pixels") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise BadClip(key, shard, "bad-image") from error
 
 

@@ -183,7 +183,7 @@ def slice_video(
         with bounded_memory(limits.max_memory_bytes):
             probe = probe_video(path, limits=limits)
             if window is not None:
-                window = None if _is_cut_already(path, probe, window) else window
+                window = None if _is_window(path, probe, window) else window
             return _slice_probed(
                 path, video_id, seed, settings, program, timeout_seconds, work_folder, probe, window, limits
             )
@@ -195,17 +195,23 @@ def slice_video(
         return SlicedVideo(reason="memory", seconds=0)
 
 
-def _is_cut_already(path: str, probe: VideoProbe, window: tuple[float, float]) -> bool:
-    most = window[1] - window[0] + CUT_SLACK_SECONDS
+def is_cut_already(end_seconds: float, window: tuple[float, float]) -> bool:
+    """Whether a file that ends then holds no more than the window that is asked for: it is used whole."""
+    return end_seconds <= window[1] - window[0] + CUT_SLACK_SECONDS
+
+
+def _is_window(path: str, probe: VideoProbe, window: tuple[float, float]) -> bool:
     ends = [end for end in (probe.video_end_seconds, probe.audio_end_seconds) if end is not None]
     if ends:
-        return max(ends) <= most
+        return is_cut_already(max(ends), window)
     # The header does not tell.
     try:
         with open_media(path) as container:
             origin = (container.start_time or 0) / av.time_base
             for packet in container.demux(probe.video_stream, probe.audio_stream):
-                if packet.pts is not None and float(packet.pts * packet.time_base) - origin > most:
+                if packet.pts is None:
+                    continue
+                if not is_cut_already(float(packet.pts * packet.time_base) - origin, window):
                     return False
     except (av.error.FFmpegError, OSError, ValueError):
         pass  # it goes on no further
