@@ -10,7 +10,7 @@ from typing import Any
 from shards.manifest import write_atomically
 
 INIT_SECONDS = 60.0
-"""How long the start of a run may wait for the server."""
+"""How long the start of a run may wait for the server, or on a terminal for the key that is missing."""
 FINISH_SECONDS = 30.0
 """How long its end may. What is not sent by then lies below the run's folder, for `wandb sync`."""
 
@@ -47,6 +47,8 @@ class WandbLog:
         try:
             import wandb
 
+            # Without a key W&B asks for one on a terminal, and would wait for ever.
+            wandb.setup(wandb.Settings(login_timeout=INIT_SECONDS))
             self._run = wandb.init(
                 project=project,
                 id=_run_id(run_dir / "wandb_id"),
@@ -61,7 +63,6 @@ class WandbLog:
                     disable_git=True,
                     disable_code=True,
                     init_timeout=INIT_SECONDS,
-                    login_timeout=INIT_SECONDS,
                     finish_timeout=FINISH_SECONDS,
                 ),
             )
