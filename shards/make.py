@@ -1,56 +1,70 @@
 """Videos -> a folder of shards: the engine behind `tools/make_shards.py`.
 
 The videos are put in random order once, by seed, and cut into blocks of `videos_per_shard`. A block becomes
-one shard per slot; what is in it depends on the seed and the list of videos alone. Workers leave one result
-file per video in `OUT/.work`; when all of a block's are there, its shards are written, a record of the block
-replaces them, and after the last block the report and the manifest are written, and `OUT/.work` goes. Every
-step ends in a rename, so a run that was killed goes on where it stopped.
+one shard per slot; what is in it depends on the seed and the list of videos alone, not on who works on it where
+or how often. Workers (`shards.jobs`, brought to them by one of `shards.engines`) leave one result file per video
+in the work area, `OUT/.work`; when all of a block's are there, its shards are written, a record of the block
+replaces them, and after the last block the report and the manifest are written, and the work area goes. Every
+step ends in a rename or in the upload of a whole object, so a run that was killed goes on where it stopped.
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from shards import lease, storage
+from shards.engines import EngineConfig, open_engine
+from shards.engines.slurm import FOLDER as SLURM_FOLDER
 from shards.ffmpeg import ffmpeg_version, find_ffmpeg
-from shards.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardEntry,
-    read_manifest,
-    write_atomically,
-    write_manifest,
+from shards.jobs import (
+    RECORD_PREFIX,
+    BlockJob,
+    RunSettings,
+    SliceJob,
+    do_job,
+    give_up,
+    read_record,
+    record_location,
+    remove_all,
 )
+from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from shards.media import SourceLimits
 from shards.order import shuffled
 from shards.pool import Lost, run_jobs, usable_cores
-from shards.results import ReportRow, ResultFile, write_result
+from shards.results import RESULT_PREFIX, ReportRow, ResultFile, result_location
 from shards.schema import SCHEMA_VERSION
-from shards.slicing import SlicedVideo, SliceSettings, slice_video
+from shards.slicing import SliceSettings
 from shards.sources import (
     SourceVideo,
     video_list_sha256,
+    videos_of_csv,
     videos_of_folder,
-    videos_of_kinetics,
     videos_of_list,
 )
-from shards.writer import ShardWriter
 
 WORK_FOLDER = ".work"
 PLAN_NAME = "plan.json"
+TEMPORARY_PREFIX = "tmp-"
 REPORT_NAME = "report.csv"
 REPORT_COLUMNS = ("path", "status", "reason", "num_clips", "seconds")
 DRY_RUN_VIDEOS = 16
 """A dry run slices so many videos."""
+ATTEMPTS = 4
+"""A job whose worker dies is given to others until so many have died of it."""
+TRANSFER_SECONDS = 3600.0
+"""More time for a job that reads or writes at URLs, whose own limits are about progress."""
+EXAMPLES = 5
+"""Names in a message."""
 
 
 class NothingKept(ValueError):
@@ -62,21 +76,33 @@ class ShardConfig:
     """One run of make_shards."""
 
     videos: str
-    """Folder of videos."""
+    """Folder of videos. This and the next four may be URLs."""
     out: str
     """Folder for the shards of one split."""
     csv: str | None = None
-    """Kinetics csv: rows of `split` are taken, looked for in `videos`."""
+    """Annotations of Kinetics, AudioSet or VGGSound: rows of `split` are taken, looked for in `videos`."""
+    class_names: str | None = None
+    """AudioSet's `class_labels_indices.csv`, for labels with names."""
     list_file: str | None = None
     """File with one path per line, relative to `videos`."""
     split: str = "train"
     """Name that shards start with."""
     seed: int = 0
     workers: int = field(default_factory=usable_cores)
-    """Processes; does not change a byte."""
+    """Processes, Ray tasks or Slurm jobs at the same time; does not change a byte, nor does `engine`."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What runs the workers."""
+    work: str | None = None
+    """Location of the work area, which all workers reach; None: `.work` in `out`."""
+    verify: bool = False
+    """Of finished shards, compare the checksums and not only the sizes."""
     videos_per_shard: int = 1000
     timeout_seconds: float = 300.0
     """For one ffmpeg pass over one video."""
+    max_source_bytes: int = 16 << 30
+    """Larger files are left out as `too-large`."""
+    limits: SourceLimits = field(default_factory=SourceLimits)
+    """On what a file may ask of the machine."""
     slicing: SliceSettings = field(default_factory=SliceSettings)
 
     def __post_init__(self) -> None:
@@ -86,9 +112,22 @@ class ShardConfig:
             raise ValueError(f"split is {self.split!r}, expected letters, digits and underscores")
         if len(self.split) > 40:
             raise ValueError(f"split is {self.split!r}, expected at most 40 characters")
-        for name, least in (("workers", 1), ("videos_per_shard", 1), ("timeout_seconds", 1), ("seed", 0)):
+        for name, least in (
+            ("workers", 1), ("videos_per_shard", 1), ("timeout_seconds", 1), ("max_source_bytes", 1), ("seed", 0)
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+
+    @property
+    def work_location(self) -> str:
+        """Where the work area is."""
+        return self.work or storage.join(self.out, WORK_FOLDER)
+
+    @property
+    def job_seconds(self) -> float:
+        """Limit of one job: two passes at most, each with its own limit, and the rest of the work on it."""
+        remote = any(map(storage.is_url, (self.videos, self.out, self.work_location)))
+        return 2 * self.timeout_seconds + 60 + (TRANSFER_SECONDS if remote else 0)
 
 
 class ProgressListener(Protocol):
@@ -120,7 +159,9 @@ class SilentProgress:
 def list_videos(config: ShardConfig, progress: ProgressListener | None = None) -> list[SourceVideo]:
     """Videos of the input, sorted by id; ValueError if there are none."""
     if config.csv is not None:
-        return videos_of_kinetics(config.videos, config.csv, config.split, leave_out=config.out)
+        return videos_of_csv(
+            config.videos, config.csv, config.split, config.class_names, leave_out=config.out
+        )
     if config.list_file is not None:
         videos, repeated = videos_of_list(config.videos, config.list_file)
         if repeated and progress is not None:
@@ -130,7 +171,8 @@ def list_videos(config: ShardConfig, progress: ProgressListener | None = None) -
 
 
 def make_shards(config: ShardConfig, progress: ProgressListener | None = None) -> Manifest:
-    """Write the shards, or finish writing them, or do nothing if they are there. Returns their manifest.
+    """Write the shards, or finish writing them, or make those again that are missing or damaged, or do nothing
+    if they are there. Returns their manifest.
 
     Raises:
         ValueError: wrong input, or `out` holds shards of other videos or settings, or another run is writing
@@ -140,24 +182,46 @@ def make_shards(config: ShardConfig, progress: ProgressListener | None = None) -
     """
     progress = progress or SilentProgress()
     program = find_ffmpeg()
+    version = ffmpeg_version(program)
     videos = list_videos(config, progress)
-    out = Path(config.out)
     identity = _identity(config, videos)
-    finished = _finished_manifest(out, identity)
+    if not storage.is_url(config.out) and os.path.exists(config.out) and not os.path.isdir(config.out):
+        raise ValueError(
+            f"{config.out} is a file, expected a folder or nothing there yet; choose another --out"
+        )
+    finished = _finished_manifest(config.out, identity)
+    bad: list[ShardEntry] = []
     if finished is not None:
-        progress.message(f"{out} is finished already: nothing to do")
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-        return finished
-    _refuse_foreign_shards(out)
-    work = out / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    with _locked(work):
-        _write_plan(work, identity, ffmpeg_version(program))
-        run = _Run(config, videos, program, progress)
+        bad = _bad_shards(config.out, finished.shards, config.verify)
+        if not bad:
+            progress.message(f"{config.out} is finished already: nothing to do")
+            _clear_work(config.work_location)
+            storage.remove(
+                storage.join(config.work_location, lease.LEASE_NAME)
+            )  # of a run that was killed late
+            return finished
+        names = ", ".join(entry.name for entry in bad[:EXAMPLES]) + (", ..." if len(bad) > EXAMPLES else "")
+        progress.message(
+            f"{len(bad)} of {len(finished.shards)} shards are missing or damaged and made again: {names}"
+        )
+        if finished.ffmpeg != version:
+            raise ValueError(
+                f"{config.out} was made with {finished.ffmpeg!r}, now there is {version!r}: {names} would differ; "
+                f"install that version, copy the shards again, or delete the folder"
+            )
+    else:
+        _refuse_foreign_shards(config)
+    if not storage.is_url(config.work_location):
+        os.makedirs(config.work_location, exist_ok=True)
+    if not storage.is_url(config.out):
+        os.makedirs(config.out, exist_ok=True)
+    with lease.held(config.work_location, config.out) as check_lease:
+        _write_plan(config, identity, version)
+        run = _Run(config, videos, program, version, progress, check_lease, bad)
         run.resume()
         run.work_off()
-        manifest = run.finish(identity)
-        shutil.rmtree(work)
+        manifest = run.finish(identity) if finished is None else finished
+        _clear_work(config.work_location)
     return manifest
 
 
@@ -175,7 +239,8 @@ def _identity(config: ShardConfig, videos: list[SourceVideo]) -> dict[str, Any]:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One phrase per setting in which two identities differ."""
     phrases = []
-    old_flat = {**old, **old.get("settings", {})}
+    # What an older version did not write down, it did as the defaults do.
+    old_flat = {**asdict(SliceSettings()), **old, **old.get("settings", {})}
     for name, value in {**new, **new["settings"]}.items():
         if name == "settings" or old_flat.get(name) == value:
             continue
@@ -186,9 +251,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return phrases
 
 
-def _finished_manifest(out: Path, identity: dict[str, Any]) -> Manifest | None:
+def _finished_manifest(out: str, identity: dict[str, Any]) -> Manifest | None:
     """Manifest of a finished folder; None if it is not finished; ValueError if it is another one."""
-    if not (out / MANIFEST_NAME).exists():
+    if storage.size(storage.join(out, MANIFEST_NAME)) is None:
         return None
     manifest = read_manifest(out)
     different = _differences(asdict(manifest), identity)
@@ -197,22 +262,31 @@ def _finished_manifest(out: Path, identity: dict[str, Any]) -> Manifest | None:
             f"{out} holds finished shards made with {', '.join(different)}; expected the same: "
             f"choose another --out, or delete that folder"
         )
-    for shard in manifest.shards:
-        path = out / shard.name
-        size = path.stat().st_size if path.exists() else None
-        if size != shard.bytes or not path.with_suffix(".idx").exists():
-            raise ValueError(
-                f"{path} has {'no file' if size is None else f'{size} bytes'}, expected {shard.bytes} bytes "
-                f"and an index by {MANIFEST_NAME}; copy it again, or delete {MANIFEST_NAME} and all shards"
-            )
     return manifest
 
 
-def _refuse_foreign_shards(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, expected a folder or nothing there yet; choose another --out")
-    if not (out / WORK_FOLDER / PLAN_NAME).exists() and out.is_dir():
-        foreign = sorted(path.name for path in out.iterdir() if path.suffix in (".tar", ".idx"))
+def _bad_shards(out: str, entries: Iterable[ShardEntry], verify: bool) -> list[ShardEntry]:
+    """Those of the shards that are not there, or without index, or of another size, or with `verify` of another
+    checksum."""
+    sizes = storage.list_sizes(out)
+    bad = []
+    for entry in entries:
+        good = sizes.get(entry.name) == entry.bytes and _index_name(entry) in sizes
+        if good and verify:
+            good = storage.checksum(storage.join(out, entry.name)) == entry.sha256
+        if not good:
+            bad.append(entry)
+    return bad
+
+
+def _index_name(entry: ShardEntry) -> str:
+    return entry.name.removesuffix(".tar") + ".idx"
+
+
+def _refuse_foreign_shards(config: ShardConfig) -> None:
+    out = config.out
+    if storage.size(storage.join(config.work_location, PLAN_NAME)) is None:
+        foreign = [name for name in storage.list_names(out) if name.endswith((".tar", ".idx"))]
         if foreign:
             raise ValueError(
                 f"{out} has {len(foreign)} tar and idx files ({foreign[0]}, ...) but neither manifest nor an "
@@ -220,275 +294,216 @@ def _refuse_foreign_shards(out: Path) -> None:
             )
 
 
-def _write_plan(work: Path, identity: dict[str, Any], version: str) -> None:
-    path = work / PLAN_NAME
+def _write_plan(config: ShardConfig, identity: dict[str, Any], version: str) -> None:
+    location = storage.join(config.work_location, PLAN_NAME)
     plan = {**identity, "ffmpeg": version}
-    if not path.exists():
-        write_atomically(path, json.dumps(plan, sort_keys=True, indent=1).encode("ascii"))
+    try:
+        old = json.loads(storage.read_bytes(location))
+    except FileNotFoundError:
+        storage.write_bytes(location, json.dumps(plan, sort_keys=True, indent=1).encode("ascii"))
         return
-    old = json.loads(path.read_bytes())
     different = _differences(old, identity)
     if old.get("ffmpeg") != version:
         different.append(f"ffmpeg {old.get('ffmpeg')!r} (now {version!r})")
     if different:
         raise ValueError(
-            f"{work.parent} holds an unfinished run with {', '.join(different)}; expected the same, to go on "
+            f"{config.out} holds an unfinished run with {', '.join(different)}; expected the same, to go on "
             f"with it: repeat the old command, choose another --out, or delete that folder"
         )
 
 
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes with the process, however that ends."""
-    with open(work / "lock", "w", encoding="ascii") as file:
+def _clear_work(work: str) -> None:
+    """Remove the work area, but nothing in it that is not ours, as a user may have named any folder.
+
+    The plan goes last: without it, what is there would belong to nobody.
+    """
+    names = storage.find_names(work)
+    ours = [name for name in names if name.startswith((RESULT_PREFIX, RECORD_PREFIX)) or _is_abandoned(name)]
+    remove_all(storage.join(work, name) for name in ours)
+    if not storage.is_url(work):
+        for name in storage.list_names(work):
+            if name.startswith(TEMPORARY_PREFIX) or name == SLURM_FOLDER:
+                shutil.rmtree(os.path.join(work, name), ignore_errors=True)
+    for name in (PLAN_NAME, lease.LOCK_NAME):
+        storage.remove(storage.join(work, name))
+    if not storage.is_url(work):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{work.parent} is being written by another make_shards; wait for it or stop it"
-            ) from None
-        yield
+            os.rmdir(work)
+        except OSError:
+            pass  # not there, or it holds something else
 
 
-@dataclass(frozen=True)
-class _SliceJob:
-    number: int
-    """Place of the video in the random order."""
-    source: SourceVideo
-    seed: int
-    settings: SliceSettings
-    program: str
-    timeout_seconds: float
-    work: str
-    """Folder of this run for temporary files."""
-    attempt: int = 0
-
-
-@dataclass(frozen=True)
-class _BlockJob:
-    index: int
-    sources: tuple[SourceVideo, ...]
-    results: tuple[str, ...]
-    """Result files, one per video."""
-    config: ShardConfig
-    work: str
-
-
-def _do_job(job: "_SliceJob | _BlockJob") -> Any:
-    """Runs in a worker process."""
-    return _slice_job(job) if isinstance(job, _SliceJob) else _block_job(job)
-
-
-def _slice_job(job: _SliceJob) -> tuple[str, ReportRow]:
-    """Slices a video; returns the result file, under a temporary name, and its line of the report."""
-    path = Path(job.work) / f"{job.number:07d}.tmp"
-    write_result(path, job.source, _sliced(job))
-    with ResultFile(path) as result:
-        return str(path), result.result.row
-
-
-def _sliced(job: _SliceJob) -> SlicedVideo:
-    if job.source.path is None or not os.path.lexists(job.source.path):
-        return SlicedVideo(reason="missing", seconds=0)
-    if not os.path.isfile(job.source.path) or not os.access(job.source.path, os.R_OK):
-        return SlicedVideo(reason="unreadable", seconds=0)
-    return slice_video(
-        job.source.path,
-        job.source.video_id,
-        job.seed,
-        job.settings,
-        job.program,
-        job.timeout_seconds,
-        job.work,
-    )
-
-
-def _block_job(job: _BlockJob) -> dict[str, Any]:
-    """Writes the shards of a block, one per slot; returns the block's record."""
-    rows, kept, orders = [], [], []
-    num_slots, seed = job.config.slicing.max_clips, job.config.seed
-    for source, path in zip(job.sources, job.results):
-        with ResultFile(Path(path)) as file:
-            rows.append(asdict(file.result.row))
-            num_clips = len(file.result.clips)
-        if num_clips:
-            order: list[int] = []
-            while len(order) < num_slots:  # a video with too few seconds begins again, in another order
-                order += shuffled(range(num_clips), seed, "slots", source.video_id, len(order))
-            kept.append((source, path))
-            orders.append(order)
-    entries = []
-    for slot in range(num_slots if kept else 0):
-        with ShardWriter(job.config.out, job.config.split, slot, job.index, work_folder=job.work) as writer:
-            for (source, path), order in zip(kept, orders):
-                with ResultFile(Path(path)) as file:
-                    writer.write(*file.clip(order[slot], slot, source.key_hash))
-        assert writer.entry is not None
-        entries.append(asdict(writer.entry))
-    return {"shards": entries, "rows": rows}
+def _is_abandoned(name: str) -> bool:
+    """Whether a file is a temporary one that `write_atomically` did not come to rename."""
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 class _Run:
     """State of one run: which videos and blocks are done."""
 
     def __init__(
-        self, config: ShardConfig, videos: list[SourceVideo], program: str, progress: ProgressListener
+        self,
+        config: ShardConfig,
+        videos: list[SourceVideo],
+        program: str,
+        version: str,
+        progress: ProgressListener,
+        check_lease: Callable[[], None],
+        bad: list[ShardEntry],
     ) -> None:
+        """bad: of a finished folder, the shards to make again; else empty, and all are made."""
         self.config = config
-        self.program = program
+        self.version = version
         self.progress = progress
-        self.work = Path(config.out) / WORK_FOLDER
-        self.temporary = self.work / f"tmp-{os.getpid()}-{time.time_ns():x}"
+        self.check_lease = check_lease
+        self.work = config.work_location
+        self.settings = run_settings(config, program, version, self.work)
         self.videos = shuffled(videos, config.seed, "videos", name=lambda video: video.video_id)
         size = config.videos_per_shard
         self.blocks = [range(first, min(first + size, len(videos))) for first in range(0, len(videos), size)]
+        self.expected: dict[int, dict[str, str]] = {}
+        """Per block of which shards are made again: their names, with the checksums they have to have."""
+        for entry in bad:
+            self.expected.setdefault(entry.index, {})[entry.name] = entry.sha256
         self.missing = [len(block) for block in self.blocks]
         """Per block: videos without a result."""
         self.todo_videos: list[int] = []
         self.todo_blocks: list[int] = []
-
-    def result_path(self, number: int) -> Path:
-        return self.work / f"video-{number:07d}"
-
-    def record_path(self, index: int) -> Path:
-        return self.work / f"block-{index:06d}.json"
+        self.todo_again: list[SliceJob | BlockJob] = []
+        """Their worker died."""
 
     def resume(self) -> None:
         """Find what earlier runs did, and clear away what they left half done."""
-        names = set(os.listdir(self.work))
-        for name in names:
-            if name.startswith("tmp-"):
-                shutil.rmtree(self.work / name, ignore_errors=True)
-            elif name.startswith("."):
-                (self.work / name).unlink(missing_ok=True)
-        self.temporary.mkdir()
+        names = set(storage.list_names(self.work))
+        if self.settings.temporary is not None:
+            for name in names:
+                if name.startswith(TEMPORARY_PREFIX):
+                    shutil.rmtree(os.path.join(self.work, name), ignore_errors=True)
+                elif _is_abandoned(name):
+                    storage.remove(storage.join(self.work, name))
+            os.mkdir(self.settings.temporary)
+        wanted = sorted(self.expected) or range(len(self.blocks))
+        there = storage.list_sizes(self.config.out)
         num_done = 0
-        for index, block in enumerate(self.blocks):
-            if self.record_path(index).name in names:
-                self.missing[index] = 0
-                num_done += len(block)
-                for number in block:
-                    if self.result_path(number).name in names:
-                        self.result_path(number).unlink()
-                continue
+        for index in wanted:
+            block = self.blocks[index]
+            if os.path.basename(record_location(self.work, index)) in names:
+                if not self.expected and self._has_shards(index, there):
+                    num_done += len(block)
+                    remove_all(
+                        result_location(self.work, number)
+                        for number in block
+                        if f"{RESULT_PREFIX}{number:07d}" in names
+                    )
+                    continue
+                storage.remove(record_location(self.work, index))
+            self.missing[index] = 0
             for number in block:
-                if self.result_path(number).name in names and self._is_whole(number):
-                    self.missing[index] -= 1
+                if f"{RESULT_PREFIX}{number:07d}" in names and self._is_whole(number):
                     num_done += 1
                 else:
+                    self.missing[index] += 1
                     self.todo_videos.append(number)
             if self.missing[index] == 0:
                 self.todo_blocks.append(index)
         self.todo_videos.reverse()  # taken from the end
-        self.progress.start(len(self.videos), num_done)
+        self.progress.start(sum(len(self.blocks[index]) for index in wanted), num_done)
+
+    def _has_shards(self, index: int, sizes: dict[str, int | None]) -> bool:
+        """Whether the shards of a block are there that its record names."""
+        record = read_record(self.work, index)
+        return record is not None and all(
+            sizes.get(entry.name) == entry.bytes and _index_name(entry) in sizes
+            for entry in (ShardEntry(**fields) for fields in record["shards"])
+        )
 
     def _is_whole(self, number: int) -> bool:
+        if storage.is_url(self.work):
+            return True  # objects are
         try:
-            ResultFile(self.result_path(number)).close()
-        except (ValueError, KeyError, TypeError):
+            ResultFile(Path(result_location(self.work, number))).close()
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
         return True
 
-    def next_job(self) -> "_SliceJob | _BlockJob | None":
+    def next_job(self) -> SliceJob | BlockJob | None:
         if self.todo_blocks:
-            return self._block_job(self.todo_blocks.pop(0))
+            index = self.todo_blocks.pop(0)
+            block = self.blocks[index]
+            return BlockJob(
+                index=index,
+                first=block.start,
+                sources=tuple(self.videos[number] for number in block),
+                run=self.settings,
+                expected=self.expected.get(index),
+            )
         if self.todo_videos:
-            return self._slice_job(self.todo_videos.pop())
-        return None
-
-    def _slice_job(self, number: int, attempt: int = 0) -> _SliceJob:
-        return _SliceJob(
-            number=number,
-            source=self.videos[number],
-            seed=self.config.seed,
-            settings=self.config.slicing,
-            program=self.program,
-            timeout_seconds=self.config.timeout_seconds,
-            work=str(self.temporary),
-            attempt=attempt,
-        )
-
-    def _block_job(self, index: int) -> _BlockJob:
-        block = self.blocks[index]
-        return _BlockJob(
-            index=index,
-            sources=tuple(self.videos[number] for number in block),
-            results=tuple(str(self.result_path(number)) for number in block),
-            config=self.config,
-            work=str(self.temporary),
-        )
+            number = self.todo_videos.pop()
+            return SliceJob(number=number, source=self.videos[number], run=self.settings)
+        # Last, when the machine has less to do: it may have died for lack of memory.
+        return self.todo_again.pop() if self.todo_again else None
 
     def work_off(self) -> None:
-        # Two passes at most, each with its own limit, and the rest of the work on a video.
-        limit = 2 * self.config.timeout_seconds + 60
-        for job, outcome in run_jobs(_do_job, self.next_job, self.config.workers, limit):
-            if isinstance(job, _BlockJob):
-                if isinstance(outcome, Lost):
-                    raise OSError(
-                        f"writing the shards of block {job.index} ended with {outcome.reason}; run the same "
-                        f"command again, it goes on where it stopped"
-                    )
-                self._block_done(job.index, outcome)
-            elif isinstance(outcome, Lost):
+        run_jobs = open_engine(self.config.engine, self.work)
+        for job, outcome in run_jobs(do_job, self.next_job, self.config.workers, self.config.job_seconds):
+            self.check_lease()
+            if isinstance(outcome, Lost):
                 self._lost(job, outcome.reason)
-            else:
-                self._video_done(job.number, *outcome)
+            elif isinstance(job, SliceJob):
+                self._video_done(job.number, outcome)
+            elif "unexpected" in outcome:
+                raise ValueError(
+                    f"{outcome['unexpected']} by {MANIFEST_NAME} of {self.config.out}: a video was changed, or "
+                    f"ffmpeg or the processor gives other bytes; bring back what there was, copy the shard "
+                    f"again, or delete the folder and make all shards again"
+                )
 
-    def _lost(self, job: _SliceJob, reason: str) -> None:
-        """The process died or hung on a video. A death may have had another cause (memory), so it is tried
-        again."""
-        if reason == "crash" and job.attempt == 0:
-            path, row = None, None
-            jobs = [self._slice_job(job.number, attempt=1)]
-            limit = 2 * job.timeout_seconds + 60
-            for _, outcome in run_jobs(_do_job, lambda: jobs.pop() if jobs else None, 1, limit):
-                if not isinstance(outcome, Lost):
-                    path, row = outcome
-            if path is not None and row is not None:
-                self._video_done(job.number, path, row)
-                return
-        path = str(self.temporary / f"{job.number:07d}.tmp")
-        write_result(Path(path), job.source, SlicedVideo(reason=reason, seconds=0))
-        with ResultFile(Path(path)) as file:
-            self._video_done(job.number, path, file.result.row)
+    def _lost(self, job: SliceJob | BlockJob, reason: str) -> None:
+        """The process died or hung. A death may have had another cause than the video (memory, an end of the
+        machine), so it is tried again."""
+        if reason == "crash" and job.attempt + 1 < ATTEMPTS:
+            self.todo_again.append(replace(job, attempt=job.attempt + 1))
+        elif isinstance(job, SliceJob):
+            self._video_done(job.number, give_up(job, reason))
+        else:
+            raise OSError(
+                f"writing the shards of block {job.index} ended with {reason}; run the same command again, it "
+                f"goes on where it stopped"
+            )
 
-    def _video_done(self, number: int, path: str, row: ReportRow) -> None:
-        os.replace(path, self.result_path(number))
+    def _video_done(self, number: int, row: ReportRow) -> None:
         self.progress.video_done(row)
         index = number // self.config.videos_per_shard
         self.missing[index] -= 1
         if self.missing[index] == 0:
             self.todo_blocks.append(index)
 
-    def _block_done(self, index: int, record: dict[str, Any]) -> None:
-        write_atomically(self.record_path(index), json.dumps(record, separators=(",", ":")).encode("ascii"))
-        for number in self.blocks[index]:
-            self.result_path(number).unlink()
-
     def finish(self, identity: dict[str, Any]) -> Manifest:
         """Write report and manifest."""
+        out = self.config.out
         shards: list[ShardEntry] = []
         rows: list[ReportRow] = []
         for index in range(len(self.blocks)):
-            record = json.loads(self.record_path(index).read_bytes())
+            record = read_record(self.work, index)
+            assert record is not None, index
             shards += [ShardEntry(**entry) for entry in record["shards"]]
             rows += [ReportRow(**row) for row in record["rows"]]
         rows.sort(key=lambda row: os.fsencode(row.path))
-        out = Path(self.config.out)
-        for name in (REPORT_NAME, MANIFEST_NAME):
-            for abandoned in out.glob(f".{name}.*.tmp"):  # of a run that was killed while it wrote
-                abandoned.unlink()
-        write_atomically(out / REPORT_NAME, report_csv(rows))
+        for name in storage.list_names(out):
+            if _is_abandoned(name) and name[1:].startswith((REPORT_NAME, MANIFEST_NAME)):
+                storage.remove(storage.join(out, name))  # of a run that was killed while it wrote
+        report = storage.join(out, REPORT_NAME)
+        storage.write_bytes(report, report_csv(rows))
         skipped = Counter(row.reason for row in rows if row.status == "skipped")
         if not shards:
             reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
             raise NothingKept(
                 f"none of {len(rows)} videos gave a clip ({reasons}); expected at least one with a second of "
-                f"picture and sound: see {out / REPORT_NAME}"
+                f"picture and sound: see {report}"
             )
         manifest = Manifest(
             **identity,
-            ffmpeg=ffmpeg_version(self.program),
+            ffmpeg=self.version,
             num_slots=self.config.slicing.max_clips,
             num_videos=sum(row.status == "kept" for row in rows),
             num_clips=sum(shard.num_clips for shard in shards),
@@ -499,6 +514,31 @@ class _Run:
         )
         write_manifest(out, manifest)
         return manifest
+
+
+def run_settings(config: ShardConfig, program: str, version: str, work: str) -> RunSettings:
+    """What the jobs of a run have to know; local locations are absolute, as workers may start elsewhere."""
+    out, work = (
+        location if storage.is_url(location) else os.path.abspath(location) for location in (config.out, work)
+    )
+    temporary = None
+    if not storage.is_url(work):
+        temporary = os.path.join(
+            work, f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}"
+        )
+    return RunSettings(
+        out=out,
+        work=work,
+        temporary=temporary,
+        split=config.split,
+        seed=config.seed,
+        slicing=config.slicing,
+        program=program,
+        ffmpeg=version,
+        timeout_seconds=config.timeout_seconds,
+        max_source_bytes=config.max_source_bytes,
+        limits=config.limits,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -532,29 +572,22 @@ def estimate_shards(config: ShardConfig, progress: ProgressListener | None = Non
     progress.start(len(sample), 0)
     rows, num_bytes = [], 0
     with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
-        jobs = [
-            _SliceJob(number, video, config.seed, config.slicing, program, config.timeout_seconds, folder)
-            for number, video in enumerate(sample)
-        ]
+        settings = run_settings(config, program, ffmpeg_version(program), folder)
+        os.mkdir(settings.temporary)
+        jobs = [SliceJob(number=number, source=video, run=settings) for number, video in enumerate(sample)]
         begin = time.monotonic()
-        for _job, outcome in run_jobs(
-            _do_job, lambda: jobs.pop(0) if jobs else None, config.workers, 2 * config.timeout_seconds + 60
+        for job, outcome in run_jobs(
+            do_job, lambda: jobs.pop(0) if jobs else None, config.workers, config.job_seconds
         ):
-            if isinstance(outcome, Lost):
-                rows.append(
-                    ReportRow(path="", status="skipped", reason=outcome.reason, num_clips=0, seconds=0)
-                )
-            else:
-                path, row = outcome
-                rows.append(row)
-                with ResultFile(Path(path)) as file:
-                    if row.num_clips:
-                        clip_bytes = file.result.num_bytes / row.num_clips
-                        # Each member is padded to blocks of 512 bytes and has a header of 512; key.json is
-                        # below 1024.
-                        num_bytes += config.slicing.max_clips * (clip_bytes + 3 * 512 + 2 * 256 + 1024)
-                os.unlink(path)
-            progress.video_done(rows[-1])
+            row = give_up(job, outcome.reason) if isinstance(outcome, Lost) else outcome
+            rows.append(row)
+            if row.num_clips:
+                with ResultFile(Path(result_location(folder, job.number))) as file:
+                    clip_bytes = file.result.num_bytes / row.num_clips
+                # Each member is padded to blocks of 512 bytes and has a header of 512; key.json is below 1024.
+                num_bytes += config.slicing.max_clips * (clip_bytes + 3 * 512 + 2 * 256 + 1024)
+            os.unlink(result_location(folder, job.number))
+            progress.video_done(row)
         elapsed = time.monotonic() - begin
     factor = len(videos) / len(sample)
     kept = [row for row in rows if row.status == "kept"]

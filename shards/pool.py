@@ -135,6 +135,15 @@ def _end(worker: _Worker) -> None:
     worker.connection.close()
 
 
+def attempt(function: Callable[[Any], Any], job: Any) -> tuple[bool, Any]:
+    """(True, result) of one job, or (False, text) if it raised: the message of an OSError, which is about the
+    machine, and the traceback of everything else."""
+    try:
+        return True, function(job)
+    except Exception as error:  # whatever it is, the parent has to know
+        return False, str(error) if isinstance(error, OSError) else traceback.format_exc()
+
+
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     """Body of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
@@ -149,12 +158,7 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer = (True, function(job))
-        except Exception as error:  # whatever it is, the parent has to know
-            text = str(error) if isinstance(error, OSError) else traceback.format_exc()
-            answer = (False, text)
-        try:
-            connection.send(answer)
+            connection.send(attempt(function, job))
         except OSError:
             return
 

@@ -1,4 +1,4 @@
-"""What is kept of one video between slicing it and writing its shards: a file in the work folder.
+"""What is kept of one video between slicing it and writing its shards: a file in the work area.
 
 Layout: `MAGIC`, length and CRC-32 of the header (8 bytes, little-endian), the header (JSON), then the clips'
 bytes.
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards import storage
 from shards.schema import CLIP_SECONDS, ClipInfo, clip_key, video_number
 from shards.slicing import SlicedVideo
 from shards.sources import SourceVideo
 
 MAGIC = b"CMACVID1"
+RESULT_PREFIX = "video-"
 _LENGTHS = struct.Struct("<II")
 
 
@@ -93,6 +95,47 @@ def write_result(path: Path, source: SourceVideo, sliced: SlicedVideo) -> None:
             file.write(clip.audio)
         file.flush()
         os.fsync(file.fileno())
+
+
+def result_location(work: str, number: int) -> str:
+    """Where the result of a video is kept; `number` is its place in the random order."""
+    return storage.join(work, f"{RESULT_PREFIX}{number:07d}")
+
+
+def published_row(location: str, folder: str) -> ReportRow | None:
+    """Line of the report of a result that is there, whole; else None.
+
+    folder: for a temporary copy, if `location` is a URL.
+    """
+    path = Path(location)
+    try:
+        if storage.is_url(location):
+            if storage.size(location) is None:
+                return None
+            path = Path(folder) / "published"
+            storage.download(location, path, num_bytes=None, sha256=None)
+        with ResultFile(path) as file:
+            return file.result.row
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def publish_result(path: Path, location: str, folder: str) -> ReportRow:
+    """Move the result file `path` to `location`, whole or not at all; returns the line of the report.
+
+    A result that is there stays: it is of another attempt, and somebody may have read it. Where two attempts
+    differ (one was late, one was not), the first counts, for everybody.
+    """
+    row = published_row(location, folder)
+    if row is not None:
+        return row
+    with ResultFile(path) as file:
+        row = file.result.row
+    if storage.is_url(location):
+        storage.upload(path, location)
+    else:
+        os.replace(path, location)
+    return row
 
 
 class ResultFile:

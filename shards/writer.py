@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
+from shards import storage
 from shards.manifest import ShardEntry, sync_folder
 from shards.schema import MEMBER_SUFFIXES, ClipInfo, shard_stem
 
@@ -13,13 +14,21 @@ INDEX_VERSION = "v1.2"
 """First word of an index as DALI's `wds2idx` writes it."""
 
 
+class UnexpectedShard(Exception):
+    """A shard that was made again has other bytes than before."""
+
+
 class ShardWriter:
     """Context manager that writes `folder/{split}-slot{slot}-{index}.tar` and `.idx`; `entry` is set on
     leaving.
 
     Both are written under other names in `work_folder` (same file system; default: `folder`), flushed to disk
-    and then renamed, index first: where the tar is, it is whole and has its index. Leaving by an exception
-    leaves nothing.
+    and then renamed, index first: where the tar is, it is whole and has its index. If `folder` is a URL they
+    are uploaded in that order instead, each whole. Leaving by an exception leaves nothing.
+
+    Args:
+        expected_sha256: of the tar, hex digits; UnexpectedShard is raised on leaving, and nothing written, if
+            it is another one.
     """
 
     def __init__(
@@ -29,17 +38,24 @@ class ShardWriter:
         slot: int,
         index: int,
         work_folder: str | os.PathLike | None = None,
+        expected_sha256: str | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = os.fspath(folder)
+        self.expected_sha256 = expected_sha256
         self.slot = slot
         self.index = index
         self.stem = shard_stem(split, slot, index)
-        work = Path(work_folder) if work_folder is not None else self.folder
+        work = Path(work_folder if work_folder is not None else folder)
         self._temporary_tar = work / f".{self.stem}.{os.getpid()}.tar.tmp"
         self._temporary_index = work / f".{self.stem}.{os.getpid()}.idx.tmp"
         self._rows: list[str] = []
         self._keys: set[str] = set()
         self.entry: ShardEntry | None = None
+
+    @property
+    def name(self) -> str:
+        """File name of the tar."""
+        return f"{self.stem}.tar"
 
     def __enter__(self) -> "ShardWriter":
         self._file = open(self._temporary_tar, "wb")
@@ -74,22 +90,36 @@ class ShardWriter:
         end = self._sink.tell() + 2 * tarfile.BLOCKSIZE
         self._sink.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
         _flush(self._file)
+        sha256 = self._sink.digest.hexdigest()
+        if self.expected_sha256 not in (None, sha256):
+            self._temporary_tar.unlink()
+            raise UnexpectedShard(f"{self.name} has SHA-256 {sha256}, expected {self.expected_sha256}")
         with open(self._temporary_index, "w", encoding="ascii", newline="\n") as file:
             file.write(f"{INDEX_VERSION} {len(self._rows)}\n")
             file.writelines(row + "\n" for row in self._rows)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(self._temporary_index, self.folder / f"{self.stem}.idx")
-        os.replace(self._temporary_tar, self.folder / f"{self.stem}.tar")
-        sync_folder(self.folder)
+        self._publish(sha256)
         self.entry = ShardEntry(
-            name=f"{self.stem}.tar",
+            name=self.name,
             slot=self.slot,
             index=self.index,
             num_clips=len(self._rows),
             bytes=self._sink.tell(),
-            sha256=self._sink.digest.hexdigest(),
+            sha256=sha256,
         )
+
+    def _publish(self, sha256: str) -> None:
+        index, tar = (storage.join(self.folder, f"{self.stem}.{suffix}") for suffix in ("idx", "tar"))
+        if storage.is_url(self.folder):
+            storage.upload(self._temporary_index, index)
+            storage.upload(self._temporary_tar, tar, sha256=sha256)
+            self._temporary_index.unlink()
+            self._temporary_tar.unlink()
+        else:
+            os.replace(self._temporary_index, index)
+            os.replace(self._temporary_tar, tar)
+            sync_folder(Path(self.folder))
 
 
 class _HashingSink:

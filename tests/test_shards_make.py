@@ -14,14 +14,25 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from make_shards_worker import (
+    FAST,
+    CountingProgress,
+    children,
+    configure,
+    contents,
+    kill,
+    processes,
+    run_here,
+)
 
+import shards.jobs
+import shards.lease
 import shards.make
 from shards.check import check_shards
 from shards.ffmpeg import find_ffmpeg, run_ffmpeg
 from shards.make import (
     NothingKept,
     ProgressListener,
-    ReportRow,
     ShardConfig,
     SilentProgress,
     estimate_shards,
@@ -31,13 +42,11 @@ from shards.make import (
 from shards.manifest import read_manifest
 from shards.pool import JobFailed, Lost, run_jobs
 from shards.reader import ShardReader
-from shards.slicing import SliceSettings
 from tools import check_shards as check_tool
 from tools import make_shards as make_tool
 from tools.make_synthetic_videos import make_flash_beep_video, make_synthetic_videos
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = SliceSettings(max_clips=3, preset="ultrafast")
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +64,12 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def configure(videos: Path, out: Path, **changes: object) -> ShardConfig:
-    fields = dict(videos=str(videos), out=str(out), workers=2, videos_per_shard=4, slicing=FAST)
-    return ShardConfig(**{**fields, **changes})
-
-
 @pytest.fixture(scope="module")
 def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of `videos`, made without interruption."""
     out = tmp_path_factory.mktemp("reference") / "out"
     make_shards(configure(videos, out))
     return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_shards_hold_every_usable_second_in_slots(videos: Path, reference: Path) -> None:
@@ -125,7 +125,7 @@ def test_another_seed_gives_another_order(videos: Path, reference: Path, tmp_pat
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
-def run_tool(videos: Path, out: Path) -> subprocess.Popen:
+def run_tool(videos: Path, out: Path, *more: str) -> subprocess.Popen:
     command = [
         sys.executable,
         str(ROOT / "tools" / "make_shards.py"),
@@ -136,7 +136,7 @@ def run_tool(videos: Path, out: Path) -> subprocess.Popen:
     ]
     command += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast".split()
     return subprocess.Popen(
-        command,
+        [*command, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -152,63 +152,85 @@ def finished_parts(out: Path) -> set[str]:
     return {path.name for path in paths if "tmp" not in path.name}
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    videos: Path, reference: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    wanted = contents(reference)
-    rng = random.Random(0)
-    num_killed = 0
-    while num_killed < 6:
-        before = finished_parts(out)
-        process = run_tool(videos, out)
-        while process.poll() is None and finished_parts(out) == before:
-            time.sleep(0.005)
-        time.sleep(0.15 * rng.random())
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)  # the workers are left to find out
-        process.wait()
-        num_killed += 1
-        for path in out.glob("*.tar"):
-            assert path.read_bytes() == wanted[path.name]  # never a torn one
-            assert path.with_suffix(".idx").read_bytes() == wanted[path.with_suffix(".idx").name]
-    assert num_killed >= 1  # on a busy machine the later, shorter runs may end before they can be killed
-    process = run_tool(videos, out)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert contents(out) == wanted
+NUM_KILLS = 25
+
+
+def test_killed_25_times_at_random_it_ends_with_the_same_bytes(videos: Path, tmp_path: Path) -> None:
+    """Kills of the program alone (its workers are left to find out), of all its processes at once, and of single
+    workers under way, at random moments from before its start to its end."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(28):
+        source = "mute.mp4" if number % 9 == 0 else ("one second.mp4", "barking/video_000.mp4")[number % 2]
+        (many / f"{number}.mp4").symlink_to(videos / source)
+    make_shards(configure(many, tmp_path / "unbroken"))
+    wanted = contents(tmp_path / "unbroken")
+    seed = int(os.environ.get("CMAC_KILL_SEED", random.SystemRandom().randrange(1000)))
+    rng = random.Random(seed)
+    num_killed, num_finished = 0, 0
+    killed: Counter[str] = Counter()
+    try:
+        while num_killed < NUM_KILLS:
+            out = tmp_path / f"out{num_finished}"
+            before = finished_parts(out)
+            process = run_tool(many, out)
+            if rng.random() < 0.7:  # once it gets anywhere
+                while process.poll() is None and finished_parts(out) == before:
+                    time.sleep(0.005)
+                time.sleep(0.3 * rng.random() ** 2)
+            else:
+                time.sleep(rng.random())
+            victim = rng.choice(["program", "all", "worker"])
+            if victim == "worker":
+                workers = [
+                    pid for pid in children(process.pid) if "python" in processes().get(pid, ("",) * 4)[3]
+                ]
+                if workers and kill(rng.choice(workers)):
+                    killed[victim] += 1
+                time.sleep(0.2 * rng.random())
+            if process.poll() is None:
+                if victim == "all":
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
+                killed["all" if victim == "all" else "program"] += 1
+                num_killed += 1
+                process.communicate()
+                for path in out.glob("*.tar"):
+                    assert path.read_bytes() == wanted[path.name]  # never a torn one
+                    assert path.with_suffix(".idx").read_bytes() == wanted[path.with_suffix(".idx").name]
+            else:
+                output, _ = process.communicate()
+                assert process.returncode == 0, output
+                assert contents(out) == wanted
+                num_finished += 1
+        output, _ = run_tool(many, out).communicate(timeout=120)
+        assert contents(out) == wanted, output
+    except AssertionError:
+        print(
+            f"CMAC_KILL_SEED={seed} repeats this; killed {dict(killed)}, finished {num_finished} times between"
+        )
+        raise
+    assert killed["program"] and killed["all"]
 
 
 class Crash(Exception):
     """Stands for a kill in the tests below."""
 
 
-class CountingProgress(SilentProgress):
-    def __init__(self) -> None:
-        self.num_before = -1
-        self.done: list[str] = []
-        self.messages: list[str] = []
-
-    def start(self, num_videos: int, num_done: int) -> None:
-        self.num_before = num_done
-
-    def video_done(self, row: ReportRow) -> None:
-        self.done.append(row.path)
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
 def test_stopped_at_every_step_nothing_is_done_twice(
     videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run is stopped at its third rename or removal; all of them together do each video once."""
+    """Each run is stopped at one of its first 10 renames or removals, be it of a worker or of the program itself; all
+    of them together leave each result once."""
     out = tmp_path / "out"
-    done: list[str] = []
+    renamed: Counter[str] = Counter()
+    told: Counter[str] = Counter()
     finished = False
-    for attempt in range(40):  # noqa: B007
-        left = 3
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+    monkeypatch.setattr(shards.jobs, "TRANSFERS_AT_ONCE", 1)
+    for attempt in range(60):  # noqa: B007
+        left = 1 + attempt % 10
 
         def count_down() -> None:
             nonlocal left
@@ -219,6 +241,7 @@ def test_stopped_at_every_step_nothing_is_done_twice(
         def replace(source: str, target: str, real=os.replace) -> None:
             count_down()
             real(source, target)
+            renamed[Path(target).name] += 1
 
         def unlink(path: Path, missing_ok: bool = False, real=Path.unlink) -> None:
             if path.name.startswith("video-"):
@@ -230,15 +253,19 @@ def test_stopped_at_every_step_nothing_is_done_twice(
             patch.setattr(os, "replace", replace)
             patch.setattr(Path, "unlink", unlink)
             try:
-                make_shards(configure(videos, out, workers=1), progress)
+                make_shards(configure(videos, out), progress)
                 finished = True
             except Crash:
                 pass
-        done += progress.done
+        told.update(progress.done)
         if finished:
             break
-    assert finished and attempt > 3
-    assert sorted(done) == sorted(row.path for row in read_report(out / "report.csv"))
+    assert finished and attempt > 10
+    results = {name: count for name, count in renamed.items() if not name.endswith((".tar", ".idx"))}
+    assert set(results.values()) == {1} and sum(name.startswith("video-") for name in results) == 10
+    # Stopped between the first of a block's shards and its record, they are written again.
+    assert max(renamed.values()) <= 10
+    assert set(told) <= {row.path for row in read_report(out / "report.csv")} and max(told.values()) == 1
     assert contents(out) == contents(reference)
 
 
@@ -257,7 +284,8 @@ def test_damaged_result_of_an_earlier_run_is_made_again(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(shards.make._Run, "_block_done", lambda *unused: (_ for _ in ()).throw(Crash()))
+        patch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+        patch.setattr(shards.jobs, "_write_block", lambda *unused: (_ for _ in ()).throw(Crash()))
         make_shards(configure(videos, out))
     results = sorted((out / ".work").glob("video-*"))
     results[0].write_bytes(results[0].read_bytes()[:-7])
@@ -304,17 +332,174 @@ def test_folders_with_something_else_in_them_are_refused(videos: Path, tmp_path:
     refused(configure(videos, tmp_path / "file"), "is a file")
 
 
-def test_missing_shard_of_a_finished_folder_is_told(videos: Path, reference: Path, tmp_path: Path) -> None:
+def test_missing_and_cut_shards_of_a_finished_folder_are_made_again_and_no_others(
+    videos: Path, reference: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)
-    next(out.glob("*.tar")).unlink()
-    refused(configure(videos, out), "has no file, expected")
+    first, second, *others = sorted(out.glob("*-000000.*"))  # idx and tar of slot 0
+    second.unlink()
+    cut = sorted(out.glob("*slot02-000001.tar"))[0]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    progress = CountingProgress()
+    assert make_shards(configure(videos, out), progress) == read_manifest(reference)
+    assert contents(out) == contents(reference)
+    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    made = {name for name in after if after[name] != before.get(name)}
+    assert made == {first.name, second.name, cut.name, cut.with_suffix(".idx").name}
+    assert len(progress.done) == 8  # the videos of two blocks of three
+    assert (
+        f"2 of 9 shards are missing or damaged and made again: {second.name}, {cut.name}" in progress.messages
+    )
+
+
+def test_changed_shards_are_made_again_with_verify(videos: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    changed = sorted(out.glob("*.tar"))[3]
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    progress = CountingProgress()
+    make_shards(configure(videos, out), progress)
+    assert "nothing to do" in progress.messages[0]
+    make_shards(configure(videos, out, verify=True), progress)
+    assert contents(out) == contents(reference) and len(progress.done) in (2, 4)
+
+
+def test_shards_that_cannot_be_made_again_the_same_are_refused(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, others = tmp_path / "out", tmp_path / "videos"
+    shutil.copytree(reference, out)
+    shutil.copytree(videos, others)
+    for path in others.rglob("video_00*.mp4"):
+        path.write_bytes((others / "one second.mp4").read_bytes())
+    lost = sorted(out.glob("*.tar"))[0]
+    lost.unlink()
+    left = contents(out)
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+    refused(configure(others, out), rf"{lost.name} has SHA-256 .*, expected .* a video was changed")
+    shutil.rmtree(out / ".work")
+    assert contents(out) == left
+    monkeypatch.setattr(shards.make, "ffmpeg_version", lambda program: "ffmpeg version 99")
+    refused(configure(videos, out), r"was made with 'ffmpeg version .* now there is 'ffmpeg version 99'")
+
+
+def test_shards_that_vanish_from_an_unfinished_folder_are_made_again(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(shards.make._Run, "finish", lambda *unused: (_ for _ in ()).throw(Crash()))
+        make_shards(configure(videos, out))
+    sorted(out.glob("*.tar"))[0].unlink()
+    make_shards(configure(videos, out))
+    assert contents(out) == contents(reference)
+
+
+def test_work_area_elsewhere_is_left_as_it_was(videos: Path, reference: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "notes.txt").write_text("not ours")
+    make_shards(configure(videos, tmp_path / "out", work=str(work)))
+    assert contents(tmp_path / "out") == contents(reference)
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+
+
+def test_folder_of_a_version_without_a_setting_is_accepted(
+    videos: Path, reference: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    record = json.loads((out / "manifest.json").read_bytes())
+    del record["settings"]["crf"]
+    (out / "manifest.json").write_text(json.dumps(record))
+    make_shards(configure(videos, out))
+    refused(configure(videos, out, slicing=dataclasses.replace(FAST, crf=30)), r"crf 23 \(now 30\)")
 
 
 def test_two_runs_at_once_are_refused(videos: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / ".work").mkdir(parents=True)
-    with shards.make._locked(tmp_path / "out" / ".work"):
-        refused(configure(videos, tmp_path / "out"), "written by another make_shards")
+    out = tmp_path / "out"
+    (out / ".work").mkdir(parents=True)
+    with shards.lease.held(str(out / ".work"), str(out)):
+        refused(configure(videos, out), "written by another make_shards")
+
+
+# The work of one job done twice.
+
+
+def jobs_of(
+    videos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[shards.jobs.SliceJob | shards.jobs.BlockJob]:
+    """Does all the jobs of a run and keeps its work area; returns the jobs."""
+    jobs = []
+
+    def remember(function, next_job, num_workers, limit_seconds):
+        for job, outcome in run_here(function, next_job, num_workers, limit_seconds):
+            jobs.append(job)
+            yield job, outcome
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(shards.make, "open_engine", lambda *unused: remember)
+        patch.setattr(shards.make._Run, "finish", lambda *unused: (_ for _ in ()).throw(Crash()))
+        make_shards(configure(videos, out))
+    return jobs
+
+
+def test_workers_given_up_for_dead_change_nothing_when_they_come_late(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    jobs = jobs_of(videos, out, monkeypatch)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*")}
+    for job in jobs:
+        if isinstance(job, shards.jobs.BlockJob):
+            shards.jobs.do_job(job)  # knows by the record that there is nothing to do
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*")} == before
+    job = next(job for job in jobs if isinstance(job, shards.jobs.SliceJob))
+    row = shards.jobs.do_job(job)
+    monkeypatch.setattr(
+        shards.jobs, "_sliced", lambda *unused: pytest.fail("sliced though a result is there")
+    )
+    assert shards.jobs.do_job(job) == row
+    # Given up for being late, while the result is there: it counts, as another worker may have read it.
+    assert shards.jobs.give_up(job, "timeout") == row
+    make_shards(configure(videos, out))
+    assert contents(out) == contents(reference)
+
+
+def test_block_whose_results_another_worker_has_tidied_up_is_that_workers(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    job = next(j for j in jobs_of(videos, out, monkeypatch) if isinstance(j, shards.jobs.BlockJob))
+    answers = [None, shards.jobs.read_record(job.run.work, job.index)]  # it comes while this one is at work
+    monkeypatch.setattr(shards.jobs, "read_record", lambda *unused: answers.pop(0))
+    assert shards.jobs.do_job(job)["shards"] and not answers
+    answers += [None, None]
+    with pytest.raises(FileNotFoundError):
+        shards.jobs.do_job(job)
+
+
+def test_another_ffmpeg_on_a_workers_machine_is_refused(videos: Path, tmp_path: Path) -> None:
+    program = find_ffmpeg()
+    settings = shards.make.run_settings(
+        configure(videos, tmp_path), program, "ffmpeg version 99", str(tmp_path)
+    )
+    os.mkdir(settings.temporary)
+    source = shards.make.list_videos(configure(videos, tmp_path))[0]
+    with pytest.raises(OSError, match=r"is 'ffmpeg .*expected 'ffmpeg version 99'.*install the same version"):
+        shards.jobs.do_job(shards.jobs.SliceJob(number=0, source=source, run=settings))
+
+
+def test_file_above_the_limit_is_too_large(videos: Path, tmp_path: Path) -> None:
+    largest = max(videos.rglob("*.mp4"), key=lambda path: path.stat().st_size)
+    make_shards(configure(videos, tmp_path / "out", max_source_bytes=largest.stat().st_size - 1))
+    rows = {row.path: row.reason for row in read_report(tmp_path / "out" / "report.csv")}
+    assert [name for name, reason in rows.items() if reason == "too-large"] == [
+        str(largest.relative_to(videos))
+    ]
 
 
 def test_nothing_kept_is_an_error_and_the_report_tells_why(tmp_path: Path) -> None:
@@ -412,16 +597,7 @@ def test_dry_run_of_the_tool(videos: Path, tmp_path: Path, capsys: pytest.Captur
 
 def running_in_group(group: int) -> list[str]:
     """Names of the processes of a group that are not zombies."""
-    names = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name, rest = (folder / "stat").read_text().split("(", 1)[1].rsplit(") ", 1)
-        except OSError:
-            continue
-        fields = rest.split()
-        if int(fields[2]) == group and fields[0] != "Z":
-            names.append(name)
-    return names
+    return [name for _, of, state, name in processes().values() if of == group and state != "Z"]
 
 
 def test_interrupt_ends_all_processes_and_can_go_on(videos: Path, reference: Path, tmp_path: Path) -> None:
@@ -501,7 +677,7 @@ def _behave(job: str) -> str:
 def test_jobs_that_crash_or_hang_cost_only_themselves() -> None:
     jobs = ["a", "crash", "b", "hang", "c"]
     begin = time.monotonic()
-    outcomes = dict(run_jobs(_behave, lambda: jobs.pop(0) if jobs else None, 2, limit_seconds=4))
+    outcomes = dict(run_jobs(_behave, lambda: jobs.pop(0) if jobs else None, 2, limit_seconds=8))
     assert outcomes == {"a": "A", "b": "B", "c": "C", "crash": Lost("crash"), "hang": Lost("timeout")}
     assert time.monotonic() - begin < 40
 
@@ -512,9 +688,12 @@ def test_job_that_raises_stops_everything_with_its_traceback() -> None:
         list(run_jobs(_behave, lambda: jobs.pop(0) if jobs else None, 1, limit_seconds=30))
 
 
-def test_full_disk_is_an_error_and_not_the_fault_of_the_video(tmp_path: Path) -> None:
+def test_full_disk_is_an_error_and_not_the_fault_of_the_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this machine")
+    monkeypatch.setattr("shards.ffmpeg._is_full", lambda folder: True)  # /dev/full always is
     command = [
         find_ffmpeg(),
         "-v",

@@ -1,0 +1,154 @@
+"""Jobs as Slurm jobs, through submitit: a chunk of them per Slurm job, which works on them with processes of its
+own (`shards.pool`), so that a video that crashes or hangs costs no other there either."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.pool import JobFailed, without_main_module
+from shards.pool import run_jobs as run_in_processes
+
+FOLDER = "slurm"
+"""In the work area: scripts, logs and results of Slurm jobs."""
+SUBMISSIONS = 5
+"""A chunk whose Slurm job ends without a result (pre-emption, a failed node, the time limit) is submitted so many
+times. Videos that have a result are not sliced again."""
+CPUS = 4
+"""Of a Slurm job, where the options do not tell."""
+MINUTES = 240
+"""Time limit of a Slurm job, where the options do not tell."""
+POLL_SECONDS = {"local": 0.1}
+"""Between two looks at the Slurm jobs; 5 for others."""
+
+
+@dataclass
+class _Chunk:
+    jobs: list[Any]
+    handle: Any
+    """submitit's job."""
+    num_submissions: int = 1
+
+
+def run_jobs(
+    function: Callable[[Any], Any],
+    next_job: Callable[[], Any | None],
+    num_workers: int,
+    limit_seconds: float,
+    *,
+    folder: str | None,
+    chunk: int,
+    options: dict[str, str | bool],
+) -> Iterator[tuple[Any, Any]]:
+    """See `shards.pool.run_jobs`. At most `num_workers` Slurm jobs are outstanding at any time.
+
+    Args:
+        folder: for submitit's files, on a disk that all nodes see; `options["folder"]` wins.
+        chunk: jobs per Slurm job.
+        options: of sbatch, by their long names. `cluster` = `local` runs the Slurm jobs as processes of this
+            machine, which is for tests.
+
+    Raises:
+        JobFailed: a job raised, or a chunk got no result though submitted `SUBMISSIONS` times.
+        ValueError: submitit or Slurm is not installed, or no `folder` is known.
+    """
+    submitit, executor, num_processes, poll_seconds = _executor(folder, options)
+
+    def submit(jobs: list[Any]) -> Any:
+        return executor.submit(_run_chunk, function, jobs, num_processes, limit_seconds)
+
+    chunks: list[_Chunk] = []
+    try:
+        while True:
+            while len(chunks) < num_workers:
+                jobs: list[Any] = []
+                while len(jobs) < chunk and (job := next_job()) is not None:
+                    jobs.append(job)
+                if not jobs:
+                    break
+                chunks.append(_Chunk(jobs, submit(jobs)))
+            if not chunks:
+                return
+            ended = [one for one in chunks if one.handle.done()]
+            if not ended:
+                time.sleep(poll_seconds)
+            for one in ended:
+                try:
+                    good, outcomes = one.handle.result()
+                except submitit.core.utils.UncompletedJobError as error:
+                    if one.num_submissions == SUBMISSIONS:
+                        raise JobFailed(
+                            f"Slurm job {one.handle.job_id} ended without a result, as did {SUBMISSIONS - 1} before "
+                            f"it ({str(error)[-1000:]}); see its log {one.handle.paths.stderr}, check --slurm-option, "
+                            f"and run the same command again, it goes on where it stopped"
+                        ) from None
+                    one.num_submissions += 1
+                    one.handle = submit(one.jobs)
+                    continue
+                if not good:
+                    raise JobFailed(outcomes)
+                chunks.remove(one)
+                yield from zip(one.jobs, outcomes, strict=True)
+    finally:
+        for one in chunks:
+            one.handle.cancel()
+
+
+def _run_chunk(
+    function: Callable[[Any], Any], jobs: list[Any], num_processes: int, limit_seconds: float
+) -> tuple[bool, Any]:
+    """Body of a Slurm job: (True, outcomes in the order of `jobs`), or (False, text) if one raised."""
+    numbered = list(enumerate(jobs))
+    outcomes: list[Any] = [None] * len(jobs)
+    with without_main_module():
+        try:
+            for (number, _), outcome in run_in_processes(
+                _Numbered(function),
+                lambda: numbered.pop(0) if numbered else None,
+                num_processes,
+                limit_seconds,
+            ):
+                outcomes[number] = outcome
+        except JobFailed as error:
+            return False, str(error)
+    return True, outcomes
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    function: Callable[[Any], Any]
+
+    def __call__(self, job: tuple[int, Any]) -> Any:
+        return self.function(job[1])
+
+
+def _executor(folder: str | None, options: dict[str, str | bool]) -> tuple[Any, Any, int, float]:
+    """submitit, its executor, processes per Slurm job, seconds between two looks."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError(f"engine 'slurm' needs submitit ({error}); pip install cmac[slurm]") from error
+    sbatch = {name.replace("-", "_"): value for name, value in options.items()}
+    cluster = sbatch.pop("cluster", "slurm")
+    folder = sbatch.pop("folder", folder)
+    if folder is None:
+        raise ValueError(
+            "the work area is at a URL and Slurm's files need a folder that all nodes see; add --slurm-option "
+            "folder=PATH"
+        )
+    cpus = sbatch.pop("cpus_per_task", CPUS)
+    if not str(cpus).isdecimal() or int(cpus) < 1:
+        raise ValueError(f"--slurm-option cpus-per-task is {cpus!r}, expected a number from 1 on")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"engine 'slurm': {error}; expected sbatch and srun on PATH") from error
+    executor.update_parameters(
+        name="make_shards",
+        cpus_per_task=int(cpus),
+        timeout_min=MINUTES,
+        slurm_additional_parameters=sbatch,  # these win
+    )
+    return submitit, executor, int(cpus), POLL_SECONDS.get(cluster, 5.0)

@@ -1,0 +1,271 @@
+"""What workers of make_shards do, on whatever machine: slice one video, or write the shards of one block.
+
+A job leaves what it made under names that depend on the number of its video or block alone, each whole or not
+at all, and looks first whether that is there. So a job may be done again after its worker was given up for
+dead, and even twice at the same time: nothing is lost and nothing is there twice.
+"""
+
+import functools
+import json
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shards import storage
+from shards.ffmpeg import ffmpeg_version, find_ffmpeg
+from shards.media import SourceLimits
+from shards.order import shuffled
+from shards.results import (
+    ReportRow,
+    ResultFile,
+    publish_result,
+    published_row,
+    result_location,
+    write_result,
+)
+from shards.slicing import SlicedVideo, SliceSettings, slice_video
+from shards.sources import SourceVideo
+from shards.writer import ShardWriter, UnexpectedShard
+
+RECORD_PREFIX = "block-"
+TRANSFERS_AT_ONCE = 8
+"""Small files that one worker reads from or deletes at a URL at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What all jobs of a run share."""
+
+    out: str
+    """Location of the shards."""
+    work: str
+    """Location of the work area."""
+    temporary: str | None
+    """Folder for temporary files, on the file system of `out` and `work`; None: the system's, as those are
+    URLs."""
+    split: str
+    seed: int
+    slicing: SliceSettings
+    program: str
+    """ffmpeg on the machine that started the run."""
+    ffmpeg: str
+    """Its version, which it has to have on all."""
+    timeout_seconds: float
+    """For one ffmpeg pass over one video."""
+    max_source_bytes: int
+    """Larger files are `too-large`."""
+    limits: SourceLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceJob:
+    """One video."""
+
+    number: int
+    """Place of the video in the random order."""
+    source: SourceVideo
+    run: RunSettings
+    attempt: int = 0
+    """How many workers died of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockJob:
+    """The shards of one block of videos."""
+
+    index: int
+    first: int
+    """Number of its first video."""
+    sources: tuple[SourceVideo, ...]
+    run: RunSettings
+    expected: dict[str, str] | None = None
+    """Names of the shards to write, with the SHA-256 that each has to have; None: all, with any."""
+    attempt: int = 0
+
+
+def do_job(job: SliceJob | BlockJob) -> Any:
+    """Result of a job: the line of the report of a video, the record of a block."""
+    return slice_job(job) if isinstance(job, SliceJob) else block_job(job)
+
+
+def slice_job(job: SliceJob) -> ReportRow:
+    """Leaves the result of a video in the work area."""
+    location = result_location(job.run.work, job.number)
+    with _temporary_folder(job.run) as folder:
+        row = published_row(location, folder)
+        if row is not None:
+            return row
+        path = Path(folder) / "result"
+        write_result(path, job.source, _sliced(job, folder))
+        return publish_result(path, location, folder)
+
+
+def give_up(job: SliceJob, reason: str) -> ReportRow:
+    """Leaves `reason` as the result of a video that cannot be sliced, unless it has one after all."""
+    with _temporary_folder(job.run) as folder:
+        path = Path(folder) / "result"
+        write_result(path, job.source, SlicedVideo(reason=reason, seconds=0))
+        return publish_result(path, result_location(job.run.work, job.number), folder)
+
+
+def _sliced(job: SliceJob, folder: str) -> SlicedVideo:
+    path, run = job.source.path, job.run
+    if path is not None and storage.is_url(path):
+        found = _downloaded(path, Path(folder), run.max_source_bytes)
+        if isinstance(found, SlicedVideo):
+            return found
+        path = str(found)
+    elif path is None or not os.path.lexists(path):
+        return SlicedVideo(reason="missing", seconds=0)
+    elif not os.path.isfile(path) or not os.access(path, os.R_OK):
+        return SlicedVideo(reason="unreadable", seconds=0)
+    elif os.path.getsize(path) > run.max_source_bytes:
+        return SlicedVideo(reason="too-large", seconds=0)
+    return slice_video(
+        path,
+        job.source.video_id,
+        run.seed,
+        run.slicing,
+        _checked_program(run.program, run.ffmpeg),
+        run.timeout_seconds,
+        folder,
+        window=job.source.window,
+        limits=run.limits,
+    )
+
+
+def _downloaded(url: str, folder: Path, max_bytes: int) -> Path | SlicedVideo:
+    """A copy of a video in `folder`, or why there is none.
+
+    Raises:
+        SourceError: it could not be read, which is not the video's fault.
+    """
+    suffix = re.search(r"\.[A-Za-z0-9]{1,8}$", url)  # which ffmpeg takes as a hint
+    path = folder / f"source{suffix[0] if suffix else ''}"
+    num_bytes = storage.size(url)
+    if num_bytes is None or num_bytes <= max_bytes:
+        try:
+            storage.download(url, path, num_bytes=num_bytes)
+        except FileNotFoundError:
+            return SlicedVideo(reason="missing", seconds=0)
+        num_bytes = path.stat().st_size  # a server may not have told before
+    if num_bytes > max_bytes:
+        return SlicedVideo(reason="too-large", seconds=0)
+    return path
+
+
+@functools.lru_cache
+def _checked_program(program: str, version: str) -> str:
+    """An ffmpeg of this machine that is the one of the machine that started the run."""
+    if not os.access(program, os.X_OK):
+        program = find_ffmpeg()
+    found = ffmpeg_version(program)
+    if found != version:
+        raise OSError(
+            f"{socket.gethostname()}: {program} is {found!r}, expected {version!r}, which the run was started "
+            f"with; install the same version of imageio-ffmpeg on all machines, or shards would differ"
+        )
+    return program
+
+
+def record_location(work: str, index: int) -> str:
+    """Where the record of a block is: that its shards are there, and what they hold."""
+    return storage.join(work, f"{RECORD_PREFIX}{index:06d}.json")
+
+
+def read_record(work: str, index: int) -> dict[str, Any] | None:
+    """Record of a block: `shards`, its `ShardEntry`s, and `rows`, its lines of the report. None if its shards
+    are not written yet."""
+    try:
+        return json.loads(storage.read_bytes(record_location(work, index)))
+    except FileNotFoundError:
+        return None
+
+
+def block_job(job: BlockJob) -> dict[str, Any]:
+    """Writes the shards of a block, one per slot, then its record, which is returned, and removes the results
+    of its videos.
+
+    If a shard does not have the checksum that is expected of it, the record is {"unexpected": why}, and
+    neither shard nor record is written.
+    """
+    record = read_record(job.run.work, job.index)
+    if record is not None:
+        return record
+    results = [result_location(job.run.work, job.first + number) for number in range(len(job.sources))]
+    with _temporary_folder(job.run) as folder:
+        try:
+            record = _write_block(job, _local_results(results, Path(folder)), folder)
+        except UnexpectedShard as error:
+            return {"unexpected": str(error)}
+        except FileNotFoundError:
+            # Another worker that does this job was faster, and is tidying up already.
+            record = read_record(job.run.work, job.index)
+            if record is None:
+                raise
+            return record
+    storage.write_bytes(
+        record_location(job.run.work, job.index), json.dumps(record, separators=(",", ":")).encode("ascii")
+    )
+    remove_all(results)
+    return record
+
+
+def _write_block(job: BlockJob, results: list[Path], folder: str) -> dict[str, Any]:
+    run, num_slots = job.run, job.run.slicing.max_clips
+    rows, kept, orders = [], [], []
+    for source, path in zip(job.sources, results):
+        with ResultFile(path) as file:
+            rows.append(asdict(file.result.row))
+            num_clips = len(file.result.clips)
+        if num_clips:
+            order: list[int] = []
+            while len(order) < num_slots:  # a video with too few seconds begins again, in another order
+                order += shuffled(range(num_clips), run.seed, "slots", source.video_id, len(order))
+            kept.append((source, path))
+            orders.append(order)
+    entries = []
+    for slot in range(num_slots if kept else 0):
+        writer = ShardWriter(run.out, run.split, slot, job.index, work_folder=folder)
+        if job.expected is not None:
+            if writer.name not in job.expected:
+                continue
+            writer.expected_sha256 = job.expected[writer.name]
+        with writer:
+            for (source, path), order in zip(kept, orders):
+                with ResultFile(path) as file:
+                    writer.write(*file.clip(order[slot], slot, source.key_hash))
+        assert writer.entry is not None
+        entries.append(asdict(writer.entry))
+    return {"shards": entries, "rows": rows}
+
+
+def _local_results(locations: list[str], folder: Path) -> list[Path]:
+    """Files with these results: themselves, or copies in `folder`."""
+    if not any(map(storage.is_url, locations)):
+        return [Path(location) for location in locations]
+    paths = [folder / f"result-{number}" for number in range(len(locations))]
+    with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as threads:
+        list(threads.map(storage.download, locations, paths))
+    return paths
+
+
+def remove_all(locations: Iterable[str]) -> None:
+    """Delete files; those that are not there are no error."""
+    with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as threads:
+        list(threads.map(storage.remove, locations))
+
+
+@contextmanager
+def _temporary_folder(run: RunSettings) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(
+        dir=run.temporary, prefix="make_shards-", ignore_cleanup_errors=True
+    ) as folder:
+        yield folder

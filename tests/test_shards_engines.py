@@ -1,0 +1,443 @@
+"""Engines of make_shards: the same bytes from each, whatever dies; what a job does to its worker is told apart."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from make_shards_worker import (
+    CountingProgress,
+    children,
+    configure,
+    contents,
+    kill,
+    processes,
+    run_here,
+)
+
+import shards.jobs
+import shards.lease
+import shards.make
+from shards import storage
+from shards.engines import EngineConfig, open_engine
+from shards.engines import ray as ray_engine
+from shards.engines import slurm as slurm_engine
+from shards.make import make_shards
+from shards.pool import JobFailed, Lost
+from tools import make_shards as make_tool
+from tools.make_synthetic_videos import make_flash_beep_video, make_synthetic_videos
+
+RAY = EngineConfig(name="ray")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9 usable videos of 1 to 2 seconds, and two that are not usable."""
+    folder = tmp_path_factory.mktemp("videos")
+    make_synthetic_videos(folder / "barking", num_videos=3, seconds=2.2, seed=1)
+    source = make_flash_beep_video(folder / "0.mp4", seconds=1.2).read_bytes()
+    for number in range(1, 6):
+        (folder / f"{number}.mp4").write_bytes(source)
+    make_flash_beep_video(folder / "mute.mp4", seconds=1.2, sound="none")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `videos`, made by processes of this machine."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    make_shards(configure(videos, out))
+    return out
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """make_shards does its work in this process."""
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+
+
+# Ray.
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """A Ray of this machine with two workers, as --engine ray starts it, but for several runs."""
+    pytest.importorskip("ray")
+    with ray_engine._joined(2, None) as ray:
+        yield ray
+
+
+def working(title: str = "ray::_run") -> list[int]:
+    """Worker processes of Ray, below this process, in which a task runs."""
+    found, todo = [], [os.getpid()]
+    while todo:
+        below = children(todo.pop())
+        todo += below
+        for pid in below:
+            try:
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
+                    found.append(pid)
+            except OSError:
+                continue
+    return found
+
+
+class KillingProgress(CountingProgress):
+    """Kills a worker of Ray that has a video under way each time that one is done, up to `num_kills` times."""
+
+    def __init__(self, num_kills: int) -> None:
+        super().__init__()
+        self.left = num_kills
+        self.killed: list[int] = []
+
+    def video_done(self, row: Any) -> None:
+        super().video_done(row)
+        if self.left and (pids := working()) and kill(pids[0]):
+            self.left -= 1
+            self.killed.append(pids[0])
+
+
+def test_ray_with_two_workers_and_with_workers_killed_gives_the_bytes_of_local(
+    ray: Any, videos: Path, reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(configure(videos, tmp_path / "two", engine=RAY))
+    assert contents(tmp_path / "two") == contents(reference)
+    progress = KillingProgress(3)
+    make_shards(configure(videos, tmp_path / "killed", engine=RAY), progress)
+    assert len(progress.killed) == 3
+    assert contents(tmp_path / "killed") == contents(reference)
+    assert len(progress.done) == len(set(progress.done)) == 11
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""  # Ray does not print into the progress bar
+
+
+def test_ray_tells_crash_timeout_and_failure_apart(ray: Any) -> None:
+    def behave(job: str) -> str:  # nested: Ray takes it along, as its workers do not find this module
+        if job == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if job == "hang":
+            time.sleep(600)
+        if job == "raise":
+            raise OSError("the disk of this node is full")
+        return job.upper()
+
+    jobs = ["a", "hang", "crash", "b", "c"]
+
+    def next_job() -> str | None:
+        return jobs.pop(0) if jobs else None
+
+    outcomes = dict(ray_engine.run_jobs(behave, next_job, 2, limit_seconds=3))
+    assert outcomes == {"a": "A", "b": "B", "c": "C", "crash": Lost("crash"), "hang": Lost("timeout")}
+    jobs = ["raise"]
+    with pytest.raises(JobFailed, match="^the disk of this node is full$"):
+        list(ray_engine.run_jobs(behave, next_job, 2, limit_seconds=30))
+    deadline = time.monotonic() + 30
+    while working() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not working()  # the one that hung was killed
+
+
+def test_ray_starts_again_what_a_dead_node_had(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaths = [ray.exceptions.NodeDiedError("the machine is gone")] * 2
+
+    def get(ref: Any, real: Callable[[Any], Any] = ray.get) -> Any:
+        if deaths:
+            raise deaths.pop()
+        return real(ref)
+
+    monkeypatch.setattr(ray, "get", get)
+    jobs = ["a"]
+    outcomes = list(ray_engine.run_jobs(str.upper, lambda: jobs.pop() if jobs else None, 2, limit_seconds=30))
+    assert outcomes == [("a", "A")] and not deaths
+
+
+def test_ray_gets_no_more_tasks_than_workers(ray: Any, tmp_path: Path) -> None:
+    started = []
+
+    def next_job() -> int | None:
+        started.append(None)
+        return len(started) if len(started) <= 6 else None
+
+    for number, _ in enumerate(ray_engine.run_jobs(abs, next_job, 2, limit_seconds=30)):
+        assert len(started) <= number + 1 + 2 + 1
+    assert number == 5
+
+
+@pytest.mark.slow
+def test_ray_of_its_own_runs_the_tool_and_ends_with_it(videos: Path, reference: Path, tmp_path: Path) -> None:
+    """As users start it: in a process of its own, with a Ray of its own, on a terminal's standard error."""
+    pytest.importorskip("ray")
+    command = [
+        sys.executable,
+        "-m",
+        "tools.make_shards",
+        "--videos",
+        str(videos),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast --engine ray".split()
+    done = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    output, _ = done.communicate(timeout=240)
+    assert done.returncode == 0, output
+    assert contents(tmp_path / "out") == contents(reference)
+    assert [line for line in output.splitlines() if "videos" not in line] == []
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        left = [name for _, group, state, name in processes().values() if group == done.pid and state != "Z"]
+        if not left:
+            break
+        time.sleep(0.2)
+    assert not left
+
+
+# Slurm.
+
+
+def slurm(chunk: int = 4, **options: str) -> EngineConfig:
+    """Slurm's place is taken by processes of this machine."""
+    options = {"cluster": "local", "cpus-per-task": "2", **options}
+    return EngineConfig(name="slurm", slurm_chunk=chunk, slurm_options=tuple(options.items()))
+
+
+def test_slurm_jobs_give_the_bytes_of_local_and_leave_nothing_behind(
+    videos: Path, reference: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("submitit")
+    make_shards(configure(videos, tmp_path / "out", engine=slurm()))
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_slurm_job_that_is_preempted_is_submitted_again(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.local.local.LocalJob, "_results_timeout_s", 0.5)
+    killed: list[int] = []
+
+    def kill_soon() -> None:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out/.work/video-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for pid in children(os.getpid()):
+            if b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                killed.extend(task for task in children(pid) if kill(task))
+                return
+
+    thread = threading.Thread(target=kill_soon)
+    thread.start()
+    make_shards(configure(videos, tmp_path / "out", engine=slurm(chunk=20)))
+    thread.join()
+    assert killed
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_slurm_job_that_always_dies_is_given_up_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(slurm_engine, "SUBMISSIONS", 2)
+    monkeypatch.setattr(submitit.local.local.LocalJob, "_results_timeout_s", 0.5)
+
+    def die(function: Any, jobs: Any, num_processes: int, limit_seconds: float) -> None:
+        os._exit(3)
+
+    monkeypatch.setattr(slurm_engine, "_run_chunk", die)
+    jobs = ["a"]
+    run = open_engine(slurm(), str(tmp_path))
+    with pytest.raises(
+        JobFailed, match=r"(?s)ended without a result, as did 1 before it.*see its log .*\.err"
+    ):
+        list(run(str.upper, lambda: jobs.pop() if jobs else None, 1, limit_seconds=30))
+
+
+def test_slurm_options_become_those_of_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
+    options = {"partition": "cpu", "time": "04:00:00", "cpus-per-task": "8", "exclusive": True, "mem": "16G"}
+    _, executor, num_processes, _ = slurm_engine._executor(str(tmp_path), options)
+    script = executor._executor._make_submission_file_text("run", "0")
+    lines = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {"partition=cpu", "time=04:00:00", "cpus-per-task=8", "exclusive", "mem=16G"} <= lines
+    assert len([line for line in lines if line.startswith(("time", "cpus"))]) == 2 and num_processes == 8
+
+
+# URLs.
+
+
+def test_targets_and_work_areas_at_urls_give_the_bytes_of_local(
+    videos: Path, reference: Path, tmp_path: Path
+) -> None:
+    """file:// goes the way of all URLs here, and processes see it as well."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    make_shards(configure(videos, f"file://{out}", work=f"file://{work}"))
+    assert contents(out) == contents(reference)
+    assert not list(work.iterdir())
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    """fsspec's file system in the memory of this process, empty."""
+    file_system = MemoryFileSystem()
+    yield file_system
+    for path in file_system.find("/"):
+        file_system.rm_file(path)
+
+
+def memory_contents(file_system: Any, folder: str) -> dict[str, bytes]:
+    return {path.rsplit("/", 1)[1]: file_system.cat_file(path) for path in file_system.find(folder)}
+
+
+def test_object_store_gets_each_shard_whole_and_once_and_the_manifest_last(
+    videos: Path, reference: Path, memory: MemoryFileSystem, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.lease, "SETTLE_SECONDS", 0)
+    put: list[str] = []
+
+    def put_file(self, source, target, *args, real=MemoryFileSystem.put_file, **options):
+        put.append(target.rsplit("/", 1)[1])
+        return real(self, source, target, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    make_shards(configure(videos, "memory://bucket/out"))
+    assert memory_contents(memory, "/bucket/out") == contents(reference)
+    shown = [name for name in put if name in contents(reference)]
+    assert shown[-2:] == ["report.csv", "manifest.json"] and len(shown) == len(set(shown))
+    tars = [name for name in shown if name.endswith(".tar")]
+    assert all(shown.index(name.replace(".tar", ".idx")) == shown.index(name) - 1 for name in tars)
+
+    # One is lost: its block is made again, and of its shards that one alone.
+    put.clear()
+    memory.rm_file(f"/bucket/out/{tars[1]}")
+    progress = CountingProgress()
+    make_shards(configure(videos, "memory://bucket/out"), progress)
+    assert memory_contents(memory, "/bucket/out") == contents(reference)
+    assert [name for name in put if name.endswith(".tar")] == [tars[1]] and len(progress.done) in (3, 4)
+    make_shards(configure(videos, "memory://bucket/out"), progress)
+    assert "nothing to do" in progress.messages[-1]
+
+
+def test_run_against_an_object_store_stopped_at_any_upload_goes_on(
+    videos: Path, reference: Path, memory: MemoryFileSystem, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    monkeypatch.setattr(shards.lease, "SETTLE_SECONDS", 0)
+    told: list[str] = []
+    for attempt in range(60):
+        left = 2 + attempt % 12
+
+        def put_file(self, source, target, *args, real=MemoryFileSystem.put_file, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Stop
+            return real(self, source, target, *args, **options)
+
+        progress = CountingProgress()
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, "put_file", put_file)
+            try:
+                make_shards(configure(videos, "memory://bucket/out"), progress)
+                break
+            except Stop:
+                pass
+            finally:
+                told += progress.done
+    assert 3 < attempt < 59
+    assert len(told) == len(set(told))
+    assert memory_contents(memory, "/bucket/out") == contents(reference)
+
+
+def write_lease(**changes: object) -> None:
+    lease = {"host": socket.gethostname(), "pid": os.getpid(), "token": "other", "time": time.time()}
+    storage.write_bytes("memory://bucket/work/lease.json", json.dumps({**lease, **changes}).encode())
+
+
+def test_lease_is_respected_while_alive_and_taken_over_when_its_run_is_gone(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.lease, "SETTLE_SECONDS", 0)
+    work = "memory://bucket/work"
+    for alive in ({}, {"host": "elsewhere", "pid": 1, "time": time.time() - 200}):
+        write_lease(**alive)
+        with pytest.raises(ValueError, match="written by another make_shards.*taken over 300 s after"):
+            with shards.lease.held(work, "OUT"):
+                pass
+    for gone in ({"pid": 2**22 + 1}, {"host": "elsewhere", "pid": 1, "time": time.time() - 301}):
+        write_lease(**gone)
+        with shards.lease.held(work, "OUT") as check:
+            check()
+        assert storage.size(f"{work}/lease.json") is None
+
+
+def test_run_whose_lease_was_taken_over_stops(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.lease, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(shards.lease, "HEARTBEAT_SECONDS", 0.02)
+    with shards.lease.held("memory://bucket/work", "OUT") as check:
+        time.sleep(0.1)
+        check()  # renewed
+        write_lease()
+        deadline = time.monotonic() + 20
+        with pytest.raises(shards.lease.LeaseLost, match="taken over by another make_shards"):
+            while time.monotonic() < deadline:
+                check()
+                time.sleep(0.01)
+    assert b"other" in storage.read_bytes("memory://bucket/work/lease.json")  # it is not ours to delete
+
+
+# The command line.
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--ray-address", "auto"], "ray_address is given for engine 'local'.*add --engine ray"),
+        (["--slurm-option", "partition=x"], "slurm_options is given for engine 'local'.*add --engine slurm"),
+        (["--engine", "slurm", "--slurm-option", "=x"], "expected KEY=VALUE"),
+        (["--engine", "slurm", "--slurm-chunk", "0"], "slurm_chunk is 0, expected at least 1"),
+        (
+            ["--engine", "slurm", "--slurm-option", "cluster=local", "--slurm-option", "cpus-per-task=x"],
+            "cpus-per-task is 'x', expected a number",
+        ),
+        (
+            ["--engine", "slurm", "--slurm-option", "cluster=local", "--work", "memory://work"],
+            "add --slurm-option folder=PATH",
+        ),
+    ],
+)
+def test_wrong_engine_options_are_refused(
+    arguments: list[str], words: str, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shards.lease, "SETTLE_SECONDS", 0)
+    arguments = ["--videos", str(videos), "--out", str(tmp_path / "out"), *arguments]
+    assert make_tool.main(arguments) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("engine, module, extra", [("ray", "ray", "ray"), ("slurm", "submitit", "slurm")])
+def test_engine_that_is_not_installed_names_its_extra(
+    engine: str, module: str, extra: str, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, module, None)
+    arguments = ["--videos", str(videos), "--out", str(tmp_path / "out"), "--engine", engine]
+    assert make_tool.main(arguments) == 2
+    assert f"pip install cmac[{extra}]" in capsys.readouterr().err
