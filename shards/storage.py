@@ -31,6 +31,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from shards.manifest import sync_folder, write_atomically
 
 PIECE_BYTES = 4 << 20  # of a file whose download goes on where it stopped
+LEAST_PIECE_BYTES = 1 << 16  # from a server that cuts longer ones
 HASH_BYTES = 1 << 20  # read at a time
 UPLOAD_BYTES = 10_000_000  # an upload may wait `stall_seconds` for each
 STOP_SECONDS = 0.5  # between two looks whether a download is still wanted
@@ -491,6 +492,7 @@ class _Download:
         self._location, self._part, self._num_bytes, self._stop = location, part, num_bytes, stop
         self._resumes = resumes and _local_path(location) is None
         self._most = 0  # bytes that an attempt came to
+        self._piece_bytes = PIECE_BYTES
 
     def attempt(self, stall_seconds: float) -> None:
         """Read the file, or the rest of it, to its end as far as the server tells it."""
@@ -515,6 +517,8 @@ class _Download:
         """Whether the attempt before came further than any earlier one."""
         have, most = self._have(), self._most
         self._most = max(have, most)
+        if have <= most:  # of a piece that was cut nothing is kept
+            self._piece_bytes = max(self._piece_bytes // 2, LEAST_PIECE_BYTES)
         return have > most
 
     def start_anew(self) -> None:
@@ -530,7 +534,7 @@ class _Download:
     def _read_pieces(self, have: int, total: int, stall_seconds: float) -> None:
         with open(self._part, "ab") as file:
             while have < total:
-                end = min(have + PIECE_BYTES, total)
+                end = min(have + self._piece_bytes, total)
                 piece = _call(self._location, "cat_file", stall_seconds, stop=self._stop, start=have, end=end)
                 if len(piece) != end - have:
                     # No ranges here: the answer is the whole file, or was cut.

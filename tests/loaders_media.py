@@ -14,7 +14,16 @@ import torch
 
 from loaders.batch import ClipBatch
 from shards.manifest import Manifest, write_manifest
-from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE, ClipInfo, clip_key, video_hash, video_number
+from shards.schema import (
+    FRAMES_PER_CLIP,
+    SAMPLE_RATE,
+    SAMPLES_PER_CLIP,
+    WAV_HEADER,
+    ClipInfo,
+    clip_key,
+    video_hash,
+    video_number,
+)
 from shards.writer import ShardWriter
 
 SIZES = ((192, 144), (144, 144), (144, 192))
@@ -120,6 +129,42 @@ def write_shards(
         num_videos=sum(clips_per_shard),
         num_clips=num_slots * sum(clips_per_shard),
         num_distinct_clips=num_slots * sum(clips_per_shard),
+        num_bytes=sum(entry.bytes for entry in entries),
+        video_list_sha256="",
+        shards=tuple(entries),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def write_noise_shards(
+    folder: Path,
+    clips_per_shard: list[int],
+    num_slots: int,
+    indices: tuple[int, ...] | None = None,
+    video_bytes: int | None = None,
+) -> Manifest:
+    """Shards whose clips are no videos but noise, of video_bytes or of 5 to 50 kB, for tests of how bytes get from here
+    to there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, entries = np.random.default_rng(0), []
+    for slot in range(num_slots):
+        for index, num_clips in zip(indices or range(len(clips_per_shard)), clips_per_shard):
+            with ShardWriter(folder, "train", slot, index) as writer:
+                for number in range(num_clips):
+                    video = rng.bytes(video_bytes or int(rng.integers(5_000, 50_000)))
+                    audio = WAV_HEADER + bytes(2 * SAMPLES_PER_CLIP)
+                    info = clip_info(f"{index}/{number}.mp4", slot, 192, 144, video, audio)
+                    writer.write(info, video, audio)
+            entries.append(writer.entry)
+    num_videos = sum(clips_per_shard)
+    manifest = Manifest(
+        split="train",
+        seed=0,
+        num_slots=num_slots,
+        num_videos=num_videos,
+        num_clips=num_videos * num_slots,
+        num_distinct_clips=num_videos * num_slots,
         num_bytes=sum(entry.bytes for entry in entries),
         video_list_sha256="",
         shards=tuple(entries),

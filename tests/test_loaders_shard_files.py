@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loaders_media import clip_info
+from loaders_media import clip_info, write_noise_shards
 
 from loaders.shard_files import ShardFiles, open_shards
-from shards.manifest import Manifest, read_manifest, write_manifest
+from shards.manifest import read_manifest
 from shards.reader import ShardReader, find_shard_fault
-from shards.schema import SAMPLES_PER_CLIP, WAV_HEADER
+from shards.schema import WAV_HEADER
 from shards.writer import ShardWriter
 
 NUM_CLIPS = (3, 5, 4)
@@ -31,31 +31,7 @@ NUM_SLOTS = 3
 def original(tmp_path_factory) -> Path:
     """Three shards of 12 videos in three slots. What is in the clips does not matter here."""
     folder = tmp_path_factory.mktemp("original")
-    entries = []
-    rng = np.random.default_rng(0)
-    for slot in range(NUM_SLOTS):
-        for index, num_clips in zip(INDICES, NUM_CLIPS):
-            with ShardWriter(folder, "train", slot, index) as writer:
-                for number in range(num_clips):
-                    video = rng.bytes(int(rng.integers(5_000, 50_000)))
-                    audio = WAV_HEADER + bytes(2 * SAMPLES_PER_CLIP)
-                    writer.write(
-                        clip_info(f"{index}/{number}.mp4", slot, 192, 144, video, audio), video, audio
-                    )
-            entries.append(writer.entry)
-    num_videos = sum(NUM_CLIPS)
-    manifest = Manifest(
-        split="train",
-        seed=0,
-        num_slots=NUM_SLOTS,
-        num_videos=num_videos,
-        num_clips=num_videos * NUM_SLOTS,
-        num_distinct_clips=num_videos * NUM_SLOTS,
-        num_bytes=sum(entry.bytes for entry in entries),
-        video_list_sha256="",
-        shards=tuple(entries),
-    )
-    write_manifest(folder, manifest)
+    write_noise_shards(folder, list(NUM_CLIPS), NUM_SLOTS, INDICES)
     return folder
 
 
