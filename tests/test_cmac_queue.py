@@ -1,12 +1,15 @@
 """The key queue keeps the newest keys, wraps around, and hides what must not be a negative."""
 
+import math
+from collections import deque
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmac.queue import EMPTY, KeyQueue
+from cmac.queue import EMPTY, UNKNOWN, KeyQueue
 
 
 def batch(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +57,9 @@ def test_queue_is_in_the_state_dict():
     other.load_state_dict(queue.state_dict())
     for one in (queue, other):
         one.enqueue(*batch(20, 2))
-    assert torch.equal(queue.keys, other.keys) and torch.equal(queue.video_ids, other.video_ids)
+    for name, value in queue.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert queue.staleness() == other.staleness() == (2.0, 1.5, 1.0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 2**-8)])
@@ -79,3 +84,44 @@ def test_queue_without_slots_or_of_another_dtype_is_refused():
         KeyQueue(0, 3)
     with pytest.raises(ValueError, match="queue_dtype is torch.float16, expected float32 or bfloat16"):
         KeyQueue(4, 3, torch.float16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 23),
+    steps=st.lists(st.lists(st.booleans(), min_size=1, max_size=30), min_size=1, max_size=12),
+)
+def test_ages_are_those_of_a_list_of_the_steps_that_keys_are_of(length, steps):
+    queue, expected = KeyQueue(length, 3), deque(maxlen=length)
+    for number, valid in enumerate(steps):
+        queue.enqueue(*batch(100 * number, len(valid)), torch.tensor(valid))
+        expected += [number if usable else None for usable in valid]
+    ages = [len(steps) - number for number in expected if number is not None]
+    oldest, mean, filled = (figure.item() for figure in queue.staleness())
+    assert filled == pytest.approx(len(ages) / length)
+    if ages:
+        assert (oldest, mean) == (max(ages), pytest.approx(sum(ages) / len(ages)))
+    else:
+        assert math.isnan(oldest) and math.isnan(mean)
+
+
+def test_keys_of_a_checkpoint_without_stamps_are_of_unknown_age_until_the_queue_has_turned_over():
+    old, queue = KeyQueue(4, 3), KeyQueue(4, 3)
+    old.enqueue(*batch(10, 3))
+    saved = {name: value for name, value in old.state_dict().items() if name not in ("enqueued_at", "clock")}
+    queue.enqueue(*batch(50, 4))
+    queue.load_state_dict(saved)
+    assert torch.equal(queue.video_ids, old.video_ids) and set(queue.enqueued_at.tolist()) == {UNKNOWN}
+    for first in (20, 30):
+        oldest, mean, _ = queue.staleness()
+        assert oldest.isnan() and mean.isnan()
+        queue.enqueue(*batch(first, 2))
+    assert queue.staleness() == (2.0, 1.5, 1.0)
+
+
+@pytest.mark.parametrize("missing", ["keys", "video_ids", "position", "enqueued_at", "clock"])
+def test_a_queue_of_which_a_part_is_missing_is_refused(missing):
+    saved = KeyQueue(4, 3).state_dict()
+    del saved[missing]
+    with pytest.raises(RuntimeError, match=missing):
+        KeyQueue(4, 3).load_state_dict(saved)

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from cmac.attention import AttentionConfig
 from cmac.collectives import KeyShuffle
 from cmac.compute import ComputeConfig
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
+from cmac.gradient_norms import GradientNorms
 from cmac.kernels import check
 from cmac.losses import LossConfig
 from cmac.model import CMAC, ModelConfig
@@ -73,12 +74,25 @@ def batch(step: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(device) for tensor in (frames, log_mel, ids, valid))
 
 
-def train(trainer: TrainingStep, steps: int, first: int = 0, device: str = "cpu") -> list[float]:
-    """Losses of so many steps."""
+def train(
+    trainer: TrainingStep,
+    steps: int,
+    first: int = 0,
+    device: str = "cpu",
+    measured_at: Container[int] = (),
+    measured: list[GradientNorms] | None = None,
+) -> list[float]:
+    """Losses of so many steps; gradient norms of those that measure them go to `measured`."""
     losses = []
     for step in range(first, first + steps):
         rate = LEARNING_RATE * min(1.0, (step + 1) / 50)
-        output = trainer(*batch(step, device), learning_rate=rate, shuffle_seed=step)
+        measure = step in measured_at
+        output = trainer(
+            *batch(step, device), learning_rate=rate, shuffle_seed=step, measure_gradients=measure
+        )
+        assert (output.gradients is not None) == measure
+        if measured is not None and measure:
+            measured.append(output.gradients)
         losses.append(output.loss.clone())  # a CUDA graph writes to the same place in each step
     return torch.stack(losses).tolist()
 
@@ -156,6 +170,8 @@ def test_a_step_never_waits_for_the_gpu(precision):
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer(*inputs, learning_rate=LEARNING_RATE, shuffle_seed=3)
+        trainer(*inputs, learning_rate=LEARNING_RATE, shuffle_seed=4, measure_gradients=True)
+        trainer.model.queue_v.staleness()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -209,6 +225,8 @@ def test_no_operator_of_a_step_waits_for_the_device(drawn_before, loss, optimize
     train(trainer, 2)
     with WaitCounter() as counter:
         trainer(*batch(2), learning_rate=LEARNING_RATE, shuffle_seed=2)
+        trainer(*batch(3), learning_rate=LEARNING_RATE, shuffle_seed=3, measure_gradients=True)
+        trainer.model.queue_v.staleness()
     assert counter.count == {}
 
 
@@ -247,10 +265,15 @@ def test_compiled_encoders_take_the_same_steps(monkeypatch):
         compile_module(module, backend="aot_eager", fullgraph=True, **options)
 
     monkeypatch.setattr(nn.Module, "compile", trace)
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     trainer = build(ComputeConfig(compile=True))
     assert len(compiled) == 4 and "video.encoder.stem.0.weight" in trainer.model.state_dict()
-    losses, expected = train(trainer, 4), train(build(), 4)
+    measured = []  # in the last step: a backward compiled for graphs that are kept takes all others as well
+    losses = train(trainer, 4, measured_at={3}, measured=measured)
+    expected_norms = []
+    expected = train(build(), 4, measured_at={3}, measured=expected_norms)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-4
+    torch.testing.assert_close(numbers(measured[0]), numbers(expected_norms[0]), rtol=1e-3, atol=1e-3)
 
 
 def test_the_queue_may_be_kept_in_bfloat16():
@@ -294,25 +317,176 @@ def test_what_has_no_kernel_still_trains_where_kernels_work(monkeypatch):
     assert all(map(math.isfinite, train(trainer, 2)))
 
 
+# Gradient norms
+
+
+def numbers(norms: GradientNorms) -> list[float]:
+    return [tensor.item() for tensor in dataclasses.astuple(norms)]
+
+
+def gradients_by_hand(trainer: TrainingStep, step: int, loss: str) -> dict[str, torch.Tensor]:
+    """Of one of the losses in this step, from a copy that has seen nothing of measuring."""
+    model = copy.deepcopy(trainer.model)
+    pairs = zip(*model.momentum_pairs(), strict=True)
+    with torch.no_grad():
+        for query, key in pairs:
+            key.lerp_(query, 1 - TINY.momentum)
+    shuffles = (KeyShuffle.draw(NUM_CLIPS, step),)
+    getattr(model(*batch(step), shuffles), loss).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_norms_are_those_of_the_losses_apart_with_lambda():
+    loss = dataclasses.replace(LOSS, consistency_weight=3.0)
+    clipped = dataclasses.replace(SGD, clip_gradient_norm=0.1)  # after it was measured
+    trainer = build(model=TINY, loss=loss, optimizer=clipped)
+    train(trainer, 2)
+    contrastive = gradients_by_hand(trainer, 2, "contrastive")
+    consistency = {name: 3 * g for name, g in gradients_by_hand(trainer, 2, "consistency").items()}
+    whole = gradients_by_hand(trainer, 2, "loss")
+    measured = []
+    train(trainer, 1, first=2, measured_at={2}, measured=measured)
+
+    def norm(gradients: dict[str, torch.Tensor]) -> float:
+        return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+
+    shared = contrastive.keys() & consistency.keys()
+    assert shared and shared < contrastive.keys() and shared < consistency.keys()
+    dot = sum((contrastive[name] * consistency[name]).sum().item() for name in shared)
+    lengths = [norm({name: part[name] for name in shared}) for part in (contrastive, consistency)]
+    expected = [norm(whole), norm(contrastive), norm(consistency), dot / math.prod(lengths)]
+    assert numbers(measured[0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_that_is_trained_alone_is_the_whole_gradient():
+    for loss, one, none in (
+        (LossConfig(contrastive=False), "consistency", "contrastive"),
+        (LossConfig(consistency_weight=0.0), "contrastive", "consistency"),
+    ):
+        measured = []
+        train(build(loss=loss), 2, measured_at={1}, measured=measured)
+        (norms,) = measured
+        assert getattr(norms, one) == norms.whole > 0
+        assert getattr(norms, none) is None and norms.cosine is None
+
+
+def measured_and_not(
+    precision: str = "fp32", steps: int = 3, compare: bool = True, **compute: str
+) -> list[float]:
+    """Norms of the last step; the state after steps that all measured is that after steps that did not."""
+    options = {"model": LOCAL, "precision": precision}
+    options["optimizer"] = dataclasses.replace(SGD, clip_gradient_norm=1.0)
+    measuring, measured = build(ComputeConfig(**compute), **options), []
+    train(measuring, steps, measured_at=range(steps), measured=measured)
+    if compare:
+        plain = build(ComputeConfig(**compute), **options)
+        train(plain, steps)
+        _assert_same_state(measuring, plain)
+    return numbers(measured[-1])
+
+
+def _assert_same_state(one: TrainingStep, other: TrainingStep) -> None:
+    states = [trainer.state_dict() for trainer in (one, other)]
+    assert states[0]["model"].keys() == states[1]["model"].keys()
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+    slots = [state["optimizer"]["state"] for state in states]
+    for number, slot in slots[0].items():
+        for name, value in slot.items():
+            assert torch.equal(value, slots[1][number][name]) if torch.is_tensor(value) else True, name
+    assert states[0]["scaler"] == states[1]["scaler"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute"),
+    [
+        ("fp32", {}),
+        ("fp32", {"activation_checkpointing": "early"}),
+        ("fp32", {"pad_channels": True}),
+        ("bf16", {}),
+        ("fp16", {}),
+    ],
+)
+def test_measuring_gradients_leaves_training_as_it_is_bit_for_bit(precision, compute):
+    norms = measured_and_not(precision, batch_norm="reference", losses="reference", **compute)
+    exact = measured_and_not(batch_norm="reference", losses="reference", compare=False)
+    assert norms == pytest.approx(exact, rel=1e-4 if precision == "fp32" else 0.1, abs=0.1)
+
+
+@pytest.mark.slow
+def test_kernels_give_the_same_gradients_each_time_a_graph_is_run_backward(interpreter: Callable):
+    fused = interpreter(measured_and_not, steps=2, batch_norm="fused", losses="fused")
+    reference = measured_and_not(steps=2, batch_norm="reference", losses="reference", compare=False)
+    assert fused == pytest.approx(reference, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_measuring_gradients_leaves_training_as_it_is_on_the_gpu(monkeypatch, precision):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    trainers = [build(FUSED, LOCAL, device="cuda", precision=precision) for _ in range(2)]
+    measured = []
+    train(trainers[0], 5, device="cuda", measured_at={0, 4}, measured=measured)
+    train(trainers[1], 5, device="cuda")
+    _assert_same_state(*trainers)
+    assert all(map(math.isfinite, numbers(measured[-1])))
+
+
+def test_a_cuda_graph_measures_nothing_and_says_so_once(caplog):
+    trainer = build()
+    trainer._graph = lambda inputs, shuffles: trainer._run(inputs, shuffles)
+    for step in range(2):
+        output = trainer(*batch(step), learning_rate=0.0, shuffle_seed=step, measure_gradients=True)
+        assert output.gradients is None
+    assert [record.message for record in caplog.records] == [
+        "gradient norms are not measured: compute.cuda_graph replays a step that has none"
+    ]
+
+
+@pytest.mark.parametrize("contrastive", [True, False])
+def test_losses_of_a_step_keep_no_graph(contrastive):
+    output = build(loss=dataclasses.replace(LOSS, contrastive=contrastive))(
+        *batch(0), learning_rate=0.0, shuffle_seed=0, measure_gradients=True
+    )
+    figures = [output.loss, output.contrastive, output.consistency, output.gradients.whole]
+    assert not any(figure.requires_grad for figure in figures)
+
+
+# Several ranks
+
+
 def _rank(rank: int, ranks: int, port: int, options: dict, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    torch.manual_seed(0)
-    model = CMAC(LOCAL, LOSS, compute=ComputeConfig(**options), world_size=ranks)
-    trainer = TrainingStep(model, dataclasses.replace(SGD, clip_gradient_norm=1.0), device="cpu")
-    torch.save(_states(trainer, slice(rank * 2, rank * 2 + 2)), f"{path}/{rank}.pt")
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = CMAC(LOCAL, LOSS, compute=ComputeConfig(**options), world_size=ranks)
+        optimizer = dataclasses.replace(SGD, clip_gradient_norm=1.0)
+        trainers.append(TrainingStep(model, optimizer, device="cpu"))
+    part = slice(rank * 2, rank * 2 + 2)
+    states = _states(trainers[0], part, measured_at={1, 4})
+    _states(trainers[1], part)
+    _assert_same_state(*trainers)
+    torch.save(states, f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def _states(trainer: TrainingStep, part: slice) -> dict[str, torch.Tensor]:
-    """Parameters, gradients' traces in the optimizer and queues after five steps on a part of each batch."""
+def _states(trainer: TrainingStep, part: slice, measured_at: Container[int] = ()) -> dict[str, torch.Tensor]:
+    """Parameters, gradients' traces in the optimizer and queues after five steps on a part of each batch, and
+    gradient norms."""
+    norms = []
     for step in range(5):
         clips = (tensor[part] for tensor in batch(step))
-        trainer(*clips, learning_rate=LEARNING_RATE, shuffle_seed=step)
+        output = trainer(
+            *clips, learning_rate=LEARNING_RATE, shuffle_seed=step, measure_gradients=step in measured_at
+        )
+        if output.gradients is not None:
+            norms += numbers(output.gradients)
     state = {n: v for n, v in trainer.model.state_dict().items() if "running" not in n and "tracked" not in n}
     for number, slot in enumerate(trainer.optimizer.state.values()):
         state[f"momentum.{number}"] = slot["momentum_buffer"]
-    return state
+    return {**state, "gradient norms": torch.tensor(norms)}
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "early", "pad_channels": True}])
@@ -321,7 +495,8 @@ def test_two_ranks_equal_one_process_whose_batch_norm_has_their_groups(tmp_path,
     for module in whole.model.modules():
         if isinstance(module, (BatchNorm2d, BatchNorm3d)):
             module.group_size = 2
-    expected = _states(whole, slice(0, 4))
+    expected = _states(whole, slice(0, 4), measured_at={1, 4})
+    assert len(expected["gradient norms"]) == 8
     torch.multiprocessing.spawn(_rank, (2, free_port, options, str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -382,7 +557,7 @@ def test_synchronized_batch_norms_take_the_places_and_the_state_of_ours():
 
 
 @pytest.mark.parametrize("culprit", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_left_out_without_a_trace(culprit, monkeypatch):
+def test_a_step_that_is_not_finite_is_left_out_without_a_trace(culprit):
     """Parameters, key encoders, batch-norm statistics, queues and optimizer state stay bit for bit."""
     torch.manual_seed(0)
     trainer = TrainingStep(CMAC(TINY, LOSS, compute=REFERENCE), SGD, device="cpu", skip_nonfinite=True)
