@@ -143,6 +143,13 @@ def find_problem(path: Path) -> str | None:
         return f"it is cut short or no checkpoint ({type(error).__name__}: {error!s:.200})"
 
 
+def is_unchanged(path: Path) -> bool:
+    """Whether a file has a checksum and is as it was written; what it holds is not looked at."""
+    with open(path, "rb") as file:
+        written = _written_checksum(file)
+        return written is not None and written == _checksum(file)
+
+
 def find_hazard(path: Path) -> str | None:
     """Why a file must not be given to torch.load, zip or of the older format; None if it may.
 
@@ -230,41 +237,68 @@ def _instructions_problem(file: BinaryIO, strict: bool) -> str | None:
     stack: list[int | str | None] = []
     memo: dict[int, int | str | None] = {}
     for operation, argument, _ in pickletools.genops(file):
-        name, taken = operation.name, []
-        before = operation.stack_before
-        if pickletools.markobject in before:
+        name = operation.name
+        if name in _PUTS:
+            memo[argument] = stack[-1]
+            continue
+        from_mark, num_taken, num_made = _EFFECTS[name]
+        if not from_mark and not num_taken and name in _PLAIN:
+            stack.append(0)
+            continue
+        taken = []
+        if from_mark:
             while stack[-1] is not None:
                 taken.append(stack.pop())
             stack.pop()
-            before = before[: before.index(pickletools.markobject)]
-        taken += [stack.pop() for _ in before]
-        depth = max((each for each in taken if isinstance(each, int)), default=0)
-        if name == "GLOBAL":
-            called = argument.replace(" ", ".")
-            if strict and not _is_known(called):
-                return f"it asks for {called!r:.100}, which no checkpoint needs"
-            stack.append(called)
-        elif name in ("REDUCE", "NEWOBJ") and strict:
-            arguments, called = taken
-            if name == "NEWOBJ" or not (
-                called in REBUILD or (called in EMPTY_CONTAINERS and arguments == _NOTHING)
-            ):
-                return f"it calls {called!r:.100} in a way that no checkpoint needs"
-            stack.append(depth)
-        elif name.endswith("PUT"):
-            memo[argument] = stack[-1]
-        elif name.endswith("GET"):
+        for _ in range(num_taken):
+            taken.append(stack.pop())
+        if name in _GETS:
             stack.append(memo[argument])
         elif name == "MARK":
             stack.append(None)
         elif name == "EMPTY_TUPLE":
             stack.append(_NOTHING)
-        elif operation.stack_after:
-            depth += name.startswith("TUPLE")
+        elif name == "GLOBAL":
+            called = argument.replace(" ", ".")
+            if strict and not _is_known(called):
+                return f"it asks for {called!r:.100}, which no checkpoint needs"
+            stack.append(called)
+        elif strict and name in ("REDUCE", "NEWOBJ"):
+            arguments, called = taken
+            if name == "NEWOBJ" or not (
+                called in REBUILD or (called in EMPTY_CONTAINERS and arguments == _NOTHING)
+            ):
+                return f"it calls {called!r:.100} in a way that no checkpoint needs"
+            stack.append(_depth(arguments))
+        elif num_made:
+            depth = max(map(_depth, taken), default=0) + name.startswith("TUPLE")
             if depth > DEEPEST_TUPLE:
                 return f"it nests tuples more than {DEEPEST_TUPLE} deep"
-            stack += [depth] * len(operation.stack_after)
+            stack += [depth] * num_made
     return None
+
+
+def _depth(entry: int | str | None) -> int:
+    """Of an entry of the stack: 0 for what is no tuple and for the empty one."""
+    return entry if type(entry) is int and entry > 0 else 0
+
+
+def _effect(operation: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
+    """What a pickle's instruction takes: all down to the mark or not, how many below; and how many entries it makes."""
+    before = operation.stack_before
+    from_mark = pickletools.markobject in before
+    num_taken = before.index(pickletools.markobject) if from_mark else len(before)
+    return from_mark, num_taken, len(operation.stack_after)
+
+
+_EFFECTS = {operation.name: _effect(operation) for operation in pickletools.opcodes}
+_PUTS = ("BINPUT", "LONG_BINPUT", "PUT")
+_GETS = ("BINGET", "LONG_BINGET", "GET")
+_PLAIN = (
+    "BININT1", "BININT2", "BININT", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "NONE", "NEWTRUE", "NEWFALSE",
+    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET",
+)  # fmt: skip
+"""Instructions that make something that holds nothing."""
 
 
 def _is_known(name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cmac.archive import NotWritten, find_problem, has_checksum, write_archive
+from cmac.archive import NotWritten, find_problem, has_checksum, is_unchanged, write_archive
 from cmac.config import RunConfig, config_from_dict, config_to_dict
 from cmac.model import CMAC
 from shards.manifest import sync_folder
@@ -79,7 +79,7 @@ def _megabytes(num_bytes: int) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """`verify_checkpoint` of a file that was looked at before only if it has changed."""
+    """Whether a checkpoint is to be counted; one that was looked at before is read again only if it has changed."""
     try:
         found = path.stat()
     except FileNotFoundError:  # a link to nothing
@@ -89,7 +89,7 @@ def _is_whole(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _is_whole_as(path: Path, inode: int, size: int, changed: int) -> bool:
-    return verify_checkpoint(path) is None
+    return path.is_file() and (is_unchanged(path) or verify_checkpoint(path) is None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
