@@ -735,6 +735,8 @@ def _read_soundtrack(
     rates: Sequence[int],
 ) -> tuple[np.ndarray, int] | None:
     """See `RawVideoReader.read_soundtrack`; None: nothing decodes."""
+    if audio_stream >= len(container.streams):
+        return None
     stream = container.streams[audio_stream]
     stream.codec_context.thread_type = "NONE"
     origin, tick = origin_seconds(container), float(stream.time_base)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ AUDIO_FILE = "audio.raw"
 VIDEO_PATTERN = "video%04d.mp4"
 SOURCE = "<source>"
 FULL_DISK = ("No space left on device", "Disk quota exceeded")
-NO_MEMORY = ("Cannot allocate memory", "malloc failed")
+NO_MEMORY = re.compile(r"Cannot allocate memory|malloc.{0,40} failed|pthread_create\(\) failed")
 """What ffmpeg and x264 print when they get none."""
 MAX_ERROR_CHARACTERS = 4000
 """Of what a program prints, the last part is kept."""
@@ -317,7 +318,7 @@ def _run_once(
         return_code=process.returncode,
         errors=text[-MAX_ERROR_CHARACTERS:],
         full_disk=any(words in text for words in FULL_DISK),
-        no_memory=any(words in text for words in NO_MEMORY),
+        no_memory=NO_MEMORY.search(text) is not None,
     )
 
 

@@ -45,6 +45,8 @@ CUT_SLACK_SECONDS = 1.0
 """A file that is longer than the window asked for by no more than this is that window already."""
 SEEK_MARGIN_SECONDS = 12
 """Reading begins so long before a window that starts late in a file: decoders and filters are right by then."""
+MAX_LATE_SECONDS = 3600.0
+"""A stream may start so long after the other: ffmpeg puts silence there, which takes time. More is `too-long`."""
 EXACT_FORMATS = ("mov", "matroska")
 """Formats with an index of times, in which a jump ends where it should; others are decoded from their start."""
 
@@ -230,6 +232,8 @@ def _slice_probed(
     window: tuple[float, float] | None,
     limits: SourceLimits,
 ) -> SlicedVideo:
+    if probe.start_seconds > MAX_LATE_SECONDS:
+        raise Unusable("too-long")
     max_seconds: float = settings.max_seconds
     if window is not None:
         ends = [end for end in (probe.video_end_seconds, probe.audio_end_seconds) if end is not None]
@@ -237,8 +241,6 @@ def _slice_probed(
             raise Unusable("outside-window")
         probe = replace(probe, start_seconds=max(probe.start_seconds, window[0]))
         max_seconds = min(max_seconds, window[1] - probe.start_seconds)
-    if probe.start_seconds > limits.max_hours * 3600:
-        raise Unusable("too-long")
     start, chosen, promised = probe.start_seconds, None, None
     length = probe.promised_seconds(max_seconds)
     if length is not None:
