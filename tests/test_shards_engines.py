@@ -1,5 +1,6 @@
 """Engines of make_shards: the same bytes from each, whatever dies; what a job does to its worker is told apart."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_servers import FaultyServer
 from fsspec.implementations.memory import MemoryFileSystem
 from make_shards_worker import (
+    FAST,
     CountingProgress,
     children,
     configure,
@@ -32,11 +36,13 @@ from shards import storage
 from shards.engines import EngineConfig, open_engine
 from shards.engines import ray as ray_engine
 from shards.engines import slurm as slurm_engine
-from shards.make import make_shards
+from shards.make import make_shards, read_report
 from shards.pool import JobFailed, Lost
+from shards.slicing import SliceSettings
 from tools import make_shards as make_tool
 from tools.make_synthetic_videos import make_flash_beep_video, make_synthetic_videos
 
+SHORT = dataclasses.replace(FAST, max_clips=1)
 RAY = EngineConfig(name="ray")
 
 
@@ -204,6 +210,57 @@ def test_ray_of_its_own_runs_the_tool_and_ends_with_it(videos: Path, reference: 
     assert not left
 
 
+def test_ray_that_is_late_is_started_again_and_an_address_without_cluster_is_told(
+    ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Exception | None] = [Exception("The current node timed out during startup"), None]
+
+    def init(**options: Any) -> None:
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    ray_engine._start(ray, {"address": "local"})
+    assert not answers
+    answers += [Exception("timed out")] * 3
+    with pytest.raises(OSError, match="did not start on this machine, 3 times: timed out"):
+        ray_engine._start(ray, {"address": "local"})
+    answers += [ConnectionError("nobody there")]
+    with pytest.raises(ValueError, match="no Ray cluster at 'auto' .nobody there.; see `ray status`"):
+        ray_engine._start(ray, {"address": "auto"})
+
+
+REAL_BYTES = 450_000
+"""Real videos up to this size are taken; all of them would take minutes."""
+
+
+@pytest.mark.slow
+def test_ray_and_ray_with_workers_killed_give_the_bytes_of_local_on_real_videos(
+    ray: Any, real_data: Path, tmp_path: Path
+) -> None:
+    """The small ones, with their odd containers, damage and missing streams, and quick settings."""
+    folder = tmp_path / "videos"
+    for kind in ("av_videos", "odd_videos"):
+        for path in sorted((real_data / kind).rglob("*")):
+            if path.is_file() and path.stat().st_size <= REAL_BYTES:
+                link = folder / path.relative_to(real_data)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+    if not folder.is_dir():
+        pytest.skip(f"no av_videos or odd_videos in {real_data}")
+    settings = SliceSettings(max_clips=2, max_seconds=8, preset="ultrafast")
+    config = configure(folder, tmp_path / "local", slicing=settings, videos_per_shard=8)
+    manifest = make_shards(config)
+    assert manifest.num_videos >= 5 and sum(manifest.skipped.values()) >= 5
+    make_shards(dataclasses.replace(config, out=str(tmp_path / "ray"), engine=RAY))
+    progress = KillingProgress(3)
+    make_shards(dataclasses.replace(config, out=str(tmp_path / "killed"), engine=RAY), progress)
+    assert len(progress.killed) == 3
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "local")
+
+
 # Slurm.
 
 
@@ -361,6 +418,90 @@ def test_run_against_an_object_store_stopped_at_any_upload_goes_on(
     assert 3 < attempt < 59
     assert len(told) == len(set(told))
     assert memory_contents(memory, "/bucket/out") == contents(reference)
+
+
+def test_videos_at_urls_give_the_bytes_of_local_and_are_not_kept(
+    videos: Path, reference: Path, tmp_path: Path, memory: MemoryFileSystem, here: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    memory.put(str(videos), "/bucket/videos", recursive=True)
+    make_shards(configure("memory://bucket/videos", tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(reference)
+    assert not list(scratch.iterdir())
+
+
+def test_missing_and_too_large_videos_at_urls_have_their_reasons(
+    videos: Path, tmp_path: Path, memory: MemoryFileSystem, here: None
+) -> None:
+    for name in ("0.mp4", "barking/video_000.mp4"):
+        memory.pipe_file(f"/bucket/videos/{name}", (videos / name).read_bytes())
+    memory.pipe_file("/bucket/list", b"gone.mp4\n0.mp4\nbarking/video_000.mp4\n")
+    limit = (videos / "0.mp4").stat().st_size
+    assert (videos / "barking/video_000.mp4").stat().st_size > limit
+    config = configure(
+        "memory://bucket/videos", tmp_path / "out", list_file="memory://bucket/list", max_source_bytes=limit
+    )
+    progress = CountingProgress()
+    make_shards(config, progress)
+    rows = {row.path: (row.status, row.reason) for row in read_report(tmp_path / "out" / "report.csv")}
+    assert rows == {
+        "0.mp4": ("kept", ""),
+        "barking/video_000.mp4": ("skipped", "too-large"),
+        "gone.mp4": ("skipped", "missing"),
+    }
+
+
+def test_video_whose_server_refuses_it_stops_the_run_with_its_name(
+    videos: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is the fault of the machine, not of the video: nothing is skipped, and the run can go on."""
+    with FaultyServer(videos) as server:
+        server.always["3.mp4"] = "403"
+        listed = tmp_path / "list"
+        listed.write_text("".join(f"{path.relative_to(videos)}\n" for path in sorted(videos.rglob("*.mp4"))))
+        arguments = ["--videos", server.url, "--list", str(listed), "--out", str(tmp_path / "out")]
+        arguments += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast".split()
+        assert make_tool.main(arguments) == 1
+        assert re.search(r"make_shards: cannot .*/3\.mp4: .*403", capsys.readouterr().err)
+        server.always.clear()
+        assert make_tool.main(arguments) == 0
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_s3_as_source_target_and_work_area_of_worker_processes_gives_the_bytes_of_local(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3fs")
+    moto_server = pytest.importorskip("moto.server")
+    import fsspec
+
+    server = moto_server.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        s3 = fsspec.filesystem("s3", skip_instance_cache=True)
+        s3.mkdir("bucket")
+        s3.put(str(videos / "barking"), "bucket/barking", recursive=True)
+        progress = CountingProgress()
+        config = configure("s3://bucket/barking", "s3://bucket/out", videos_per_shard=2, slicing=SHORT)
+        make_shards(config, progress)
+        local = dataclasses.replace(config, videos=str(videos / "barking"), out=str(tmp_path / "out"))
+        make_shards(local)
+        found = {path.rsplit("/", 1)[1]: s3.cat_file(path) for path in s3.find("bucket/out")}
+        assert found == contents(tmp_path / "out")
+        assert len(progress.done) == len(set(progress.done)) == 3
+        make_shards(dataclasses.replace(config, verify=True), progress)
+        assert "nothing to do" in progress.messages[-1]
+    finally:
+        server.stop()
 
 
 def write_lease(**changes: object) -> None:

@@ -18,6 +18,8 @@ from shards.pool import JobFailed, Lost, attempt
 
 NODE_DEATHS = 10
 """A job is started again without further ado when its machine goes, but not more often."""
+STARTS = 3
+"""A Ray of this machine may be late on a busy one, and has no option for how long is waited for it."""
 OBJECT_STORE_BYTES = 100 << 20
 """Of a Ray of this machine. Results are small."""
 
@@ -134,14 +136,8 @@ def _joined(num_workers: int, address: str | None) -> Iterator[Any]:
         }
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        _silence()
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(
-            f"no Ray {'of its own on this machine' if address is None else f'cluster at {address!r}'} ({error}); "
-            f"see `ray status`, or start one with `ray start --head`"
-        ) from error
+    _silence()
+    _start(ray, options)
     try:
         if in_main:  # ray.init puts its own in place
             for number, handler in handlers.items():
@@ -149,6 +145,24 @@ def _joined(num_workers: int, address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, options: dict[str, Any]) -> None:
+    for _ in range(STARTS):
+        try:
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except (ConnectionError, RuntimeError) as error:
+            if options["address"] != "local":
+                raise ValueError(
+                    f"no Ray cluster at {options['address']!r} ({error}); see `ray status`, or start one with `ray "
+                    f"start --head`"
+                ) from error
+            last = error
+        except Exception as error:  # which is what it raises, and no less, when it waits 30 s in vain
+            last = error
+        ray.shutdown()
+    raise OSError(f"Ray did not start on this machine, {STARTS} times: {last}; is it overloaded?") from last
 
 
 def _silence() -> None:
