@@ -33,7 +33,7 @@ from cmac.pretrain import PeerFailed, run, start
 from cmac.stop import Stopped, StopSignals
 from cmac.watchdog import Watchdog
 from loaders import Loader, build_loader
-from loaders.base import TooManyBadClips
+from loaders.base import TooManyBadClips, WorkerDied
 from loaders.probe import resolve_backend
 from shards.pool import usable_cores
 
@@ -96,7 +96,7 @@ def main() -> None:
         try:
             run(training, loader, stop, watchdog)
         except Exception as error:
-            _fail(error, (FloatingPointError, TooManyBadClips, OSError, PeerFailed, RankLost))
+            _fail(error, (FloatingPointError, TooManyBadClips, WorkerDied, OSError, PeerFailed, RankLost))
         finally:
             loader.close()
         if world_size > 1:
@@ -199,9 +199,14 @@ def _show_log(rank: int) -> None:
     """Print what a step's parts say of their choices; of other ranks than the first only warnings."""
     handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
-    for name in ("cmac", "loaders.kernels"):
+    for name, level in {
+        "cmac": logging.INFO,
+        "loaders.kernels": logging.INFO,
+        "loaders": logging.WARNING,
+        "shards": logging.WARNING,
+    }.items():
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logger.setLevel(level if rank == 0 else logging.WARNING)
         logger.addHandler(handler)
         logger.propagate = False
 

@@ -42,6 +42,7 @@ class StepWindow:
             "second_keys": None if batch.second is None else batch.second.keys,
             "video_ids": batch.video_ids,
             "valid": batch.valid,
+            "input_is_finite": _finite_rows(batch),
         }
         losses = torch.stack([getattr(output, name).detach().float() for name in _LOSSES])
         self._steps.append((named, losses))
@@ -67,9 +68,11 @@ class StepWindow:
             named["step"]: _number(step[0]) for named, step in zip(names[:first], losses, strict=False)
         }
         path = self._save(names[first], losses[first], ranks, losses_before=earlier)
-        found = self._agreement.gather(losses[first][0])[ranks[0]]
+        reports = self._agreement.gather((losses[first][0], _not_finite_keys(names[first])))
+        keys = [key for _, rank_keys in reports for key in rank_keys]
         raise FloatingPointError(
-            f"the loss is {found} at step {names[first]['step']}{_of_ranks(ranks, len(bad))}; its clips are in {path}"
+            f"the loss is {reports[ranks[0]][0]} at step {names[first]['step']}{_of_ranks(ranks, len(bad))}; its clips "
+            f"are in {path}" + (f"; the input of {', '.join(keys[:3])} is not finite" if keys else "")
         )
 
     def save_skipped(self) -> Path:
@@ -84,9 +87,7 @@ class StepWindow:
         name = f"step_{named['step']:08d}"
         path = self._folder / f"{name}{f'_rank{self._rank}' if num_ranks > 1 else ''}.json"
         content = {
-            **named,
-            "video_ids": named["video_ids"].tolist(),
-            "valid": named["valid"].tolist(),
+            **{k: v.tolist() if isinstance(v, Tensor) else v for k, v in named.items()},
             **{name: _number(loss) for name, loss in zip(_LOSSES, losses, strict=True)},
             "cause": "loss" if ranks else "gradients",
             "ranks_not_finite": ranks,
@@ -109,6 +110,20 @@ def tensors_not_finite(state: Any, name: str = "") -> list[str]:
         finite = torch.stack([is_finite for _, is_finite in places]).tolist()
         found += [place for (place, _), is_finite in zip(places, finite, strict=True) if not is_finite]
     return found
+
+
+def _finite_rows(batch: ClipBatch) -> Tensor:
+    """bool (N,): whether all numbers of a clip, and of its second one, are finite."""
+    tensors = [batch.frames, batch.log_mel]
+    if batch.second is not None:
+        tensors += [batch.second.frames, batch.second.log_mel]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return torch.stack([torch.isfinite(tensor).flatten(1).all(1) for tensor in floats]).all(0)
+
+
+def _not_finite_keys(named: dict[str, Any]) -> list[str]:
+    finite = named["input_is_finite"].tolist()
+    return [key for key, is_finite in zip(named["keys"], finite, strict=True) if not is_finite]
 
 
 def _floats(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 LEAST_START_SECONDS = 1800.0
 """The limit until the first step is done, where the run's own is shorter: kernels are compiled, caches are cold."""
+_WRITE_SECONDS = 60.0
 _ANSWER_SECONDS = 1.0
 """What data workers get to write their stacks in."""
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 3.0
 """A rank that has written its stacks ends so much later: torchrun then ends the others, which write theirs as well."""
 
 
@@ -75,8 +76,10 @@ class Watchdog:
     def _watch(self) -> None:
         tick = min(1.0, self._limit / 4)
         try:
-            while not self._closed.wait(tick):
+            while True:
                 faulthandler.dump_traceback_later(2 * self._allowed, exit=True, file=sys.__stderr__)
+                if self._closed.wait(tick):
+                    return
                 waited = time.monotonic() - self._since
                 if waited > self._allowed:
                     self._end(waited)
@@ -84,6 +87,8 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _end(self, waited: float) -> None:
+        # Writing may hang as well, where it is the file system that does.
+        faulthandler.dump_traceback_later(_WRITE_SECONDS, exit=True, file=sys.__stderr__)
         what = f"rank {self._rank}: no step for {waited:.0f} s after step {self._step} ({self._doing})"
         try:
             self._write(what)
@@ -92,7 +97,7 @@ class Watchdog:
             what += f"; {self._path} cannot be written ({error})"
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         what += "; ends with status 1, the same command goes on from the last checkpoint\n"
-        os.write(sys.__stderr__.fileno(), what.encode())
+        os.write(2, what.encode())
         self._closed.wait(_GRACE_SECONDS)
         os._exit(1)
 
@@ -136,7 +141,7 @@ def _describe(process: int) -> str:
         waits_in = (folder / "wchan").read_text(errors="replace")
     except OSError as error:
         return f"pid {process}: {error.strerror}"
-    return f"pid {process}: state {state}, in {waits_in}: {command[:120]}"
+    return f"pid {process}: state {state}, in {waits_in}: {command[:120]!r}"
 
 
 def _ask_for_stacks(process: int) -> bool:

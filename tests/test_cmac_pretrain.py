@@ -3,111 +3,29 @@
 import dataclasses
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
+from fake_runs import CPU, FakeLoader, config, rows
 
 import cmac
 from cmac.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from cmac.config import (
     PRESETS,
-    RunConfig,
     config_from_dict,
     config_to_dict,
     demo,
     pretrain_k400,
     pretrain_k400_ablation,
 )
-from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.losses import LossConfig
-from cmac.model import ModelConfig, StepOutput
+from cmac.model import StepOutput
 from cmac.nonfinite import tensors_not_finite
 from cmac.optim import OptimizerConfig
 from cmac.pretrain import Pretraining, learning_rate_at, pretrain, resolve_precision, start
 from cmac.pretrain import run as run_training
-from loaders.batch import BadClipRecord, ClipBatch
+from loaders.batch import ClipBatch
 from loaders.config import LoaderConfig
-
-CPU = torch.device("cpu")
-
-
-def config(run_dir: Path, **changes: object) -> RunConfig:
-    small = RunConfig(
-        run_dir=str(run_dir),
-        epochs=3,
-        device="cpu",
-        log_every=2,
-        checkpoint_every=4,
-        loader=LoaderConfig(shards="none", global_batch_size=4, num_workers=0),
-        model=ModelConfig(
-            video=VideoEncoderConfig(widths=(4, 8), blocks=(1, 1), stem_width=4),
-            audio=AudioEncoderConfig(widths=(4, 8), blocks=(1, 1)),
-            filter_channels=8,
-            embedding_dim=6,
-            queue_length=10,
-            momentum=0.9,
-            batch_norm="shuffle",
-            batch_norm_group=2,
-        ),
-        optimizer=OptimizerConfig(warmup_epochs=1.0),
-    )
-    return dataclasses.replace(small, **changes)
-
-
-class FakeLoader:
-    """Batches that depend on (epoch, step) alone, five to an epoch."""
-
-    def __init__(self, nan_at: Sequence[tuple[int, int]] = ()) -> None:
-        self.epoch, self._next, self._nan_at = 0, 0, nan_at
-        self.fail_at: tuple[int, int] | None = None
-        self.bad_clips: Counter[str] = Counter()
-        self.handed_out: list[tuple[int, int]] = []
-
-    def __len__(self) -> int:
-        return 5
-
-    def __iter__(self) -> Iterator[ClipBatch]:
-        while self._next < len(self):
-            step = self._next
-            if (self.epoch, step) == self.fail_at:
-                raise OSError("the disk is gone")
-            self._next += 1
-            self.handed_out.append((self.epoch, step))
-            yield self._batch(step)
-        self.epoch, self._next = self.epoch + 1, 0
-
-    def _batch(self, step: int) -> ClipBatch:
-        generator = torch.Generator().manual_seed(100 * self.epoch + step)
-        log_mel = torch.randn(4, 1, 33, 21, generator=generator)
-        if (self.epoch, step) in self._nan_at:
-            log_mel[0] = math.nan
-        if step == 3:
-            self.bad_clips["decode-error"] += 1
-        return ClipBatch(
-            frames=torch.randint(0, 256, (4, 3, 4, 16, 16), dtype=torch.uint8, generator=generator),
-            log_mel=log_mel,
-            keys=("a", "b", "c", "d"),
-            video_ids=torch.arange(4) + 4 * step,
-            valid=torch.tensor([True, True, True, step != 3]),
-            clips=(None,) * 4,
-            augmentations=(None,) * 4,
-            bad=(BadClipRecord(key="d", shard="s", reason="decode-error"),) if step == 3 else (),
-            epoch=self.epoch,
-            step=step,
-        )
-
-    def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "next": self._next}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.epoch, self._next = state["epoch"], state["next"]
-
-
-def rows(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
 def test_learning_rate_warms_up_linearly_and_then_stays_or_falls():
@@ -274,7 +192,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_what_was_in_the_step(
     """The step itself is named, though losses are looked at every four steps only."""
     run = config(tmp_path / "run", log_every=4)
     with pytest.raises(
-        FloatingPointError, match=r"at step 7; its clips .*00007.json; lower optimizer.learning_rate"
+        FloatingPointError,
+        match=r"at step 7; its clips .*00007.json; the input of a is not finite; lower optimizer",
     ):
         pretrain(run, FakeLoader(nan_at=[(1, 1)]), CPU)
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000004.pt"]
@@ -282,6 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_what_was_in_the_step(
     step = json.loads(saved.read_text())
     assert (step["step"], step["epoch"], step["batch"]) == (7, 1, 1)
     assert step["keys"] == ["a", "b", "c", "d"] and step["video_ids"] == [4, 5, 6, 7]
+    assert step["input_is_finite"] == [False, True, True, True]
     assert step["loss"] == "nan" and step["cause"] == "loss" and list(step["losses_before"]) == ["5", "6"]
 
 
@@ -321,10 +241,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 def test_a_loader_that_fails_costs_no_step(tmp_path):
     """What was trained before is saved, and the batch that could not be had comes first on resuming."""
     run = config(tmp_path / "run")
-    loader = FakeLoader()
-    loader.fail_at = (1, 2)
+
+    def fail(epoch: int, step: int) -> None:
+        if (epoch, step) == (1, 2):
+            raise OSError("the disk is gone")
+
     with pytest.raises(OSError, match="the disk is gone"):
-        pretrain(run, loader, CPU)
+        pretrain(run, FakeLoader(before=fail), CPU)
     assert [row["step"] for row in rows(tmp_path / "run")] == [2, 4, 6, 7]
     whole = pretrain(config(tmp_path / "whole"), FakeLoader(), CPU)
     loader = FakeLoader()
