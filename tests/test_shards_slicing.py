@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from shards import slicing
 from shards.ffmpeg import FfmpegTimeout, SliceCommand, find_ffmpeg, run_ffmpeg
 from shards.schema import (
     FRAME_SIZES,
@@ -18,7 +19,15 @@ from shards.schema import (
     SILENCE_FLOOR_DBFS,
     WAV_HEADER,
 )
-from shards.slicing import SlicedClip, SlicedVideo, SliceSettings, frame_geometry, loudness_dbfs, slice_video
+from shards.slicing import (
+    SlicedClip,
+    SlicedVideo,
+    SliceSettings,
+    frame_geometry,
+    loudness_dbfs,
+    probe_video,
+    slice_video,
+)
 from tools.make_synthetic_videos import make_flash_beep_video
 
 OUTPUT_FRAME_SECONDS = 1 / 32
@@ -410,6 +419,116 @@ def test_timeout_kills_ffmpeg_and_is_a_reason(tmp_path: Path) -> None:
             tmp_path,
             0.3,
         )
+
+
+# --- a window of a file ------------------------------------------------------------------------------------------
+
+
+WINDOW_FILES = {
+    "mp4, 25 fps": dict(suffix=".mp4", fps="25"),
+    "mp4, 29.97 fps, sound late": dict(suffix=".mp4", fps="30000/1001", audio_start=0.3),
+    "mkv, 30 fps": dict(suffix=".mkv", fps="30"),
+    "transport stream": dict(suffix=".ts", fps="25", video_start=1.4, audio_start=1.4),
+    "avi": dict(suffix=".avi", fps="25", codecs=("mpeg4", "pcm_s16le")),
+}
+
+
+@pytest.fixture(scope="module")
+def long_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("long")
+    paths = {}
+    for name, options in WINDOW_FILES.items():
+        options = {"gop_frames": 100, **options, "seconds": 22.0, "size": (64, 48)}
+        path = folder / f"{len(paths)}{options.pop('suffix')}"
+        paths[name] = make_flash_beep_video(path, **options)
+    return paths
+
+
+def slice_window(path: Path, start: float, end: float, seed: int = 0, **settings: object) -> SlicedVideo:
+    settings = {"preset": "ultrafast", **settings}
+    return slice_video(
+        str(path), path.name, seed, SliceSettings(**settings), find_ffmpeg(), 60, window=(start, end)
+    )
+
+
+@pytest.mark.parametrize("name", WINDOW_FILES)
+def test_a_window_gives_its_seconds_alone_as_if_all_before_had_been_decoded(
+    name: str, long_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = long_files[name]
+    jumps = []
+    can_seek = slicing._can_seek
+    monkeypatch.setattr(slicing, "_can_seek", lambda *args: jumps.append(can_seek(*args)) or jumps[-1])
+    sliced = slice_window(path, 17.3, 21.6)
+    check_clips(sliced)
+    assert jumps == [path.suffix in (".mp4", ".mkv")]
+    starts = [clip.start_seconds for clip in sliced.clips]
+    assert sliced.seconds == len(starts) == 4 and sliced.reason == ""
+    assert np.diff(starts) == pytest.approx([1, 1, 1])
+    assert 17.3 <= starts[0] and starts[-1] + 1 <= 21.6
+    offsets = offsets_seconds(sliced)
+    assert len(offsets) >= 3
+    assert max(map(abs, offsets)) <= OUTPUT_FRAME_SECONDS + 1e-3, offsets
+    monkeypatch.setattr(slicing, "_can_seek", lambda *_: False)
+    whole = slice_window(path, 17.3, 21.6)
+    assert [clip.start_seconds for clip in whole.clips] == starts
+    for clip, other in zip(sliced.clips, whole.clips):
+        assert clip.video == other.video
+        # The clock of Matroska has milliseconds, by which the sound is placed after a jump.
+        quiet = np.abs(waveform(clip).astype(int) - waveform(other)) < 2000
+        assert quiet.all() if path.suffix != ".mkv" else quiet.mean() > 0.9
+
+
+def test_seconds_of_a_window_are_those_of_the_whole_file_there(long_files: dict[str, Path]) -> None:
+    path = long_files["mp4, 25 fps"]
+    window = slice_window(path, 5.0, 9.0)
+    assert [clip.start_seconds for clip in window.clips] == [5.0, 6.0, 7.0, 8.0]
+    whole = slice_file(path, preset="ultrafast", max_clips=22, max_seconds=22)
+    shift = whole.clips[0].start_seconds
+    assert 0 <= shift < 1
+    assert len(whole.clips) == whole.seconds >= 21
+    again = slice_window(path, 5.0 + shift, 9.0 + shift)
+    by_start = {round(clip.start_seconds, 6): clip for clip in whole.clips}
+    for clip in again.clips:
+        other = by_start[round(clip.start_seconds, 6)]
+        assert clip.audio == other.audio
+        # x264 has seen other frames before.
+        assert np.abs(decode_luma(clip.video).astype(int) - decode_luma(other.video)).mean() < 4
+
+
+def test_the_random_part_of_a_second_stays_inside_the_window(long_files: dict[str, Path]) -> None:
+    starts = [
+        slice_window(long_files["mp4, 25 fps"], 18.0, 20.9, seed).clips[0].start_seconds for seed in range(5)
+    ]
+    assert len(set(starts)) > 3
+    assert 18.0 <= min(starts) and max(starts) <= 18.9
+
+
+def test_max_seconds_counts_from_the_start_of_the_window(long_files: dict[str, Path]) -> None:
+    sliced = slice_window(long_files["mp4, 25 fps"], 10.0, 20.0, max_seconds=3, max_clips=3)
+    assert [clip.start_seconds for clip in sliced.clips] == [10.0, 11.0, 12.0]
+
+
+def test_a_file_that_is_no_longer_than_the_window_is_used_whole(tmp_path: Path) -> None:
+    path = make_flash_beep_video(tmp_path / "cut.mp4", seconds=4.4, size=(64, 48))
+    whole = slice_file(path, preset="ultrafast")
+    assert slice_window(path, 30.0, 34.0) == whole
+    assert slice_window(path, 30.0, 33.0).reason == "outside-window"
+    live = tmp_path / "cut.mkv"  # its header does not tell how long it is
+    subprocess.run(
+        [find_ffmpeg(), "-v", "error", "-i", str(path), "-c", "copy", "-live", "1", str(live)], check=True
+    )
+    assert probe_video(str(live)).audio_end_seconds is None
+    assert len(slice_window(live, 30.0, 34.0).clips) == 4
+    assert slice_window(live, 30.0, 33.0).reason == "outside-window"
+
+
+def test_what_ends_before_or_inside_a_window_says_so(long_files: dict[str, Path]) -> None:
+    path = long_files["mp4, 25 fps"]
+    assert slice_window(path, 30.0, 40.0).reason == "outside-window"
+    late = slice_window(path, 19.0, 29.0)
+    assert late.seconds == 3 and late.clips[-1].start_seconds + 1 <= 22.1
+    assert slice_window(path, 21.5, 31.5).reason == "too-short"
 
 
 @pytest.mark.parametrize(
