@@ -54,6 +54,7 @@ from shards.storage import is_url
 HANG_SECONDS = 1200.0  # for one batch; a worker that makes none for longer is ended
 CLOSE_SECONDS = 5.0  # for workers to end by themselves
 STACK_SECONDS = 1.0  # for a worker to write down where it hangs
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # ask a run to stop
 ALIGNMENT = 64  # bytes: arrays of a batch start at a cache line
 
 
@@ -582,10 +583,9 @@ def _worker_context() -> Any:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Processes started inside never get the signals that ask a run to stop, which a batch system sends to all its
-    processes: the training process ends its workers when it has no more use for them."""
-    held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    """Processes started inside never get STOP_SIGNALS, which a batch system sends to all processes of a run: the
+    training process ends its workers when it has no more use for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -594,6 +594,9 @@ def _signals_held() -> Iterator[None]:
 
 def _start_worker(worker: int) -> None:
     """Runs first in each worker: one thread for torch, and a watch on the training process."""
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, STOP_SIGNALS
+    )  # the fork server may be older than `_signals_held`
     torch.set_num_threads(1)
     # torch's own watchdog looks at the parent process: here the fork server, which lives as long as they do.
     threading.Thread(target=_exit_with_parent, daemon=True, name="loader-parent-watch").start()
@@ -604,7 +607,6 @@ def _start_worker(worker: int) -> None:
 def _obey_parent() -> None:
     """Ends this process at a SIGTERM of the training process; those of others are dropped, see `_signals_held`."""
     parent = multiprocessing.parent_process()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     while parent is not None:
         if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
             os._exit(0)

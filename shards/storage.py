@@ -34,6 +34,7 @@ PIECE_BYTES = 4 << 20  # of a file whose download goes on where it stopped
 LEAST_PIECE_BYTES = 1 << 16  # from a server that cuts longer ones
 HASH_BYTES = 1 << 20  # read at a time
 UPLOAD_BYTES = 10_000_000  # an upload may wait `stall_seconds` for each
+LISTING_SECONDS = 3600.0  # for all pages of a listing; each is under the time limits of the client
 STOP_SECONDS = 0.5  # between two looks whether a download is still wanted
 SHA256_FIELD = "sha256"  # metadata of the objects that `upload` writes
 
@@ -355,7 +356,7 @@ def find_names(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> lis
             for name in names
         )
     try:
-        found = _retried("list", location, retry, lambda: _call(location, "find", retry.stall_seconds))
+        found = _retried("list", location, retry, lambda: _call(location, "find", LISTING_SECONDS))
     except FileNotFoundError:
         return []
     return sorted(filter(None, (_relative(location, name) for name in found)))
@@ -635,9 +636,7 @@ def _listed(location: str, retry: Retry) -> dict[str, dict[str, Any]]:
         except (FileNotFoundError, NotADirectoryError):
             return {}
     try:
-        found = _retried(
-            "list", location, retry, lambda: _call(location, "ls", retry.stall_seconds, detail=True)
-        )
+        found = _retried("list", location, retry, lambda: _call(location, "ls", LISTING_SECONDS, detail=True))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     listed = {}

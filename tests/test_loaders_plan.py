@@ -1,10 +1,16 @@
 """The order of an epoch: each clip once, the same batches for any number of ranks."""
 
+import itertools
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loaders.base import ClipTable, PositionedLoader
+from loaders.config import LoaderConfig
 from loaders.plan import PADDING, EpochPlan, slots_of_epoch
 
 sizes = st.fixed_dictionaries(
@@ -55,6 +61,91 @@ def test_another_number_of_ranks_may_go_on_at_any_batch(fields, world_sizes, sto
         for world in [before if k < stop else after]
     ]
     assert all(np.array_equal(batch, plan.batch(k)) for k, batch in enumerate(batches))
+
+
+class Positions(PositionedLoader):
+    """A loader of nothing but names: (shard, position) and slot."""
+
+    def _take(self) -> SimpleNamespace:
+        if self._requests is None:
+            self._requests = self.requests()
+        request = next(self._requests)
+        parts = [
+            SimpleNamespace(
+                keys=["" if row[0] == PADDING else (*row, slot) for row in request.rows.tolist()], bad=()
+            )
+            for slot in request.slots
+        ]
+        second = parts[1] if len(parts) > 1 else None
+        return SimpleNamespace(epoch=request.epoch, step=request.step, second=second, **vars(parts[0]))
+
+    _requests = None
+
+    def close(self) -> None:
+        self._requests = None
+
+
+def positions(config: LoaderConfig, clips_per_shard: list[int], rank: int, world_size: int) -> Positions:
+    table = ClipTable(folder="none", num_slots=3, clips_per_shard=clips_per_shard, identity={"manifest": "x"})
+    return Positions(config, rank, world_size, table)
+
+
+def run(loaders: list[Positions], num_batches: int) -> list[tuple]:
+    """(epoch, step, clips, second clips) of so many global batches, which all ranks take together."""
+    endless = [itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders]
+    found = []
+    for _ in range(num_batches):
+        parts = [next(batches) for batches in endless]
+        assert len({(part.epoch, part.step) for part in parts}) == 1
+        second = [key for part in parts if part.second for key in part.second.keys]
+        found.append((parts[0].epoch, parts[0].step, [key for part in parts for key in part.keys], second))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    clips_per_shard=st.lists(st.integers(1, 15), min_size=1, max_size=5).filter(
+        lambda counts: sum(counts) >= 12
+    ),
+    lives=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 9), st.integers(0, 3)),
+        min_size=1,
+        max_size=6,
+    ),
+    drop_last=st.booleans(),
+    clips_per_video=st.sampled_from([1, 2]),
+    window=st.sampled_from([0, 5, 4096]),
+    seed=st.integers(0, 3),
+)
+def test_a_run_that_is_stopped_and_goes_on_with_other_ranks_sees_what_one_that_never_stops_sees(
+    clips_per_shard, lives, drop_last, clips_per_video, window, seed
+):
+    """lives: (ranks, batches taken after the last checkpoint or the start that are kept, batches taken after that and
+    lost with the process). Over epochs, states going through JSON as in a checkpoint."""
+    config = LoaderConfig(
+        shards="none", global_batch_size=12, shuffle_window=window, seed=seed, drop_last=drop_last,
+        clips_per_video=clips_per_video,
+    )  # fmt: skip
+    state, found = None, []
+    for world_size, num_kept, num_lost in lives:
+        loaders = [positions(config, clips_per_shard, rank, world_size) for rank in range(world_size)]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(json.loads(state))
+        found += run(loaders, num_kept)
+        (state,) = {
+            json.dumps(loader.state_dict(), sort_keys=True) for loader in loaders
+        }  # alike on all ranks
+        run(loaders, num_lost)
+    one = positions(config, clips_per_shard, 0, 1)
+    assert found == run([one], len(found))
+    per_epoch = len(one)
+    for start in range(0, len(found) - per_epoch + 1, per_epoch):  # whole epochs: none repeated, none lost
+        for part in (2, 3)[:clips_per_video]:
+            keys = [key for batch in found[start : start + per_epoch] for key in batch[part] if key]
+            assert len(set(keys)) == len(keys)
+            left_out = sum(clips_per_shard) - len(keys)
+            assert 0 <= left_out < 12 if drop_last else left_out == 0
 
 
 def test_order_is_new_each_epoch_and_each_seed():
