@@ -1,5 +1,6 @@
 """Progress of make_shards: a bar on a terminal, a line now and then elsewhere."""
 
+import io
 import sys
 import time
 from collections import Counter
@@ -20,6 +21,13 @@ from shards.results import ReportRow
 
 LINE_SECONDS = 15.0
 """Between two lines of progress where there is no terminal."""
+
+
+def print_any_name() -> None:
+    """From now on, what of a file's name is no text is printed with backslashes in place of an error that ends the
+    program. Standard error does so already."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class TextProgress:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import cmac
@@ -15,6 +16,7 @@ from cmac.evaluation.results import Metric, Result, append_result
 from cmac.weights import Encoders
 from loaders.batch import BadClipRecord
 from shards.pool import usable_cores
+from shards.progress import print_any_name
 
 RANDOM = "random:"
 """In front of a checkpoint: the same network with fresh weights."""
@@ -116,17 +118,16 @@ def report(console: Console, result: Result, path: Path) -> None:
     """Append a result to the file of results and show it."""
     append_result(path, result)
     title = f"{result.task}: {result.dataset}, split {result.split} ({result.protocol})"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for name in ("metric", "value", "interval", "chance", "each"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, metric in result.metrics.items():
         table.add_row(name, *_cells(metric))
     console.print(table)
     counts = ", ".join(f"{name}: {count}" for name, count in result.counts.items())
-    console.print(
-        f"{result.checkpoint} ({result.checkpoint_digest or 'no weights'}); {counts}", soft_wrap=True
-    )
-    console.print(f"added to {path}", soft_wrap=True)
+    text = f"{result.checkpoint} ({result.checkpoint_digest or 'no weights'}); {counts}"
+    console.print(text, soft_wrap=True, markup=False)
+    console.print(f"added to {path}", soft_wrap=True, markup=False)
 
 
 def _cells(metric: Metric) -> tuple[str, str, str, str]:
@@ -146,6 +147,7 @@ def fail(command: str, error: Exception) -> int:
 
 def run(command: str, evaluate: Callable[[], object]) -> int:
     """Do what a command is for; its exit status. What its user can mend is told in a line."""
+    print_any_name()
     try:
         evaluate()
     except (ValueError, OSError) as error:

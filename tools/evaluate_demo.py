@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cmac.checkpoint import build_model, newest_checkpoint, read_checkpoint
@@ -36,6 +37,7 @@ from loaders.config import LoaderConfig
 from loaders.decode import decode_frames, decode_waveform
 from shards.manifest import Manifest, read_manifest, write_atomically
 from shards.pool import usable_cores
+from shards.progress import print_any_name
 from shards.reader import ShardReader
 from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE
 
@@ -230,8 +232,9 @@ def evaluate(args: argparse.Namespace) -> Path:
         f"training took {duration(metrics['train_seconds'])}, "
         f"evaluation {duration(time.monotonic() - started)}; figures: {args.run / 'metrics.json'}",
         soft_wrap=True,
+        markup=False,
     )
-    console.print(f"report: [bold]{report}[/]", soft_wrap=True)
+    console.print(f"report: [bold]{escape(str(report))}[/]", soft_wrap=True)
     return report
 
 
@@ -257,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--command", help="what was typed, for the report")
     args = parser.parse_args(argv)
+    print_any_name()
     try:
         evaluate(args)
     except ValueError as error:

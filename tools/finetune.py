@@ -58,6 +58,7 @@ from loaders.datasets import DATASETS, ClassificationSplit, read_split
 from loaders.listed import ClipSampling, ListedLoader, listed_config
 from shards.manifest import write_atomically
 from shards.pool import usable_cores
+from shards.progress import print_any_name
 from tools.common import RANDOM, count_skipped, report, say
 from tools.retrieve import limited
 
@@ -538,13 +539,14 @@ def report_once(console: Console, result: Result, path: Path) -> None:
     """Show a result, and add it to the file of results unless it holds the very same one."""
     if path.exists() and any(known.to_json() == result.to_json() for known in read_results(path)):
         figures = ", ".join(f"{name} {metric.value:.1%}" for name, metric in result.metrics.items())
-        console.print(f"split {result.split}: {figures}; in {path} already", soft_wrap=True)
+        console.print(f"split {result.split}: {figures}; in {path} already", soft_wrap=True, markup=False)
         return
     report(console, result, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0 when everything was tested."""
+    print_any_name()
     try:
         run(parse(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, FloatingPointError, TooManyBadClips) as error:

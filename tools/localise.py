@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -499,7 +500,7 @@ def localise(args: argparse.Namespace, console: Console) -> list[Result]:
     print_notes(console, lost, found, reading, store)
     for result in results:
         append_result(args.results, result)
-    console.print(f"results: {args.results}", soft_wrap=True)
+    console.print(f"results: {args.results}", soft_wrap=True, markup=False)
     return results
 
 
@@ -558,7 +559,7 @@ def print_table(console: Console, title: str, rows: Sequence[Row], results: Sequ
     names = [
         name for name in (*FIGURES, *DETECTION_FIGURES) if any(name in result.metrics for result in results)
     ]
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column("network")
     table.add_column("map")
     for name in names:
@@ -572,7 +573,7 @@ def print_table(console: Console, title: str, rows: Sequence[Row], results: Sequ
                 text += f"\n[dim]{metric.interval[0]:.1%} .. {metric.interval[1]:.1%}[/]"
             cells.append(text)
         network = {"none": "", "random": RANDOM}.get(result.checkpoint, row.network)
-        table.add_row(network, row.name, *cells)
+        table.add_row(escape(network), row.name, *cells)
     console.print(table)
 
 
@@ -583,7 +584,7 @@ def print_notes(
     for name, count in lost.items():
         console.print(f"{name}: {count}", soft_wrap=True)
     if lost:
-        console.print(f"which ones: {store / 'skipped.tsv'}", soft_wrap=True)
+        console.print(f"which ones: {store / 'skipped.tsv'}", soft_wrap=True, markup=False)
     boxes = reading.annotations
     if boxes is not None:
         console.print(

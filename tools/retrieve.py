@@ -146,6 +146,7 @@ def extract(
         console.print(
             f"{len(loader.files):,} videos of {args.data}, {len(loader):,} batches of {config.global_batch_size} clips",
             soft_wrap=True,
+            markup=False,
         )
         order = {
             name: value for name, value in loader.state_dict().items() if name not in ("epoch", "next_batch")
