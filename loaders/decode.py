@@ -17,7 +17,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from loaders.augment import scaled_size, yuv_window_size
-from loaders.mp4 import VideoTrack, read_video_track
+from shards.mp4 import VideoTrack, decode, open_decoder, read_video_track
 from shards.schema import FRAMES_PER_CLIP, SAMPLE_RATE, SAMPLES_PER_CLIP, WAV_HEADER, BadClip
 
 av.logging.set_level(av.logging.PANIC)  # libav prints what it finds odd; here that raises BadClip or is right
@@ -296,19 +296,8 @@ def _decode_track(video: bytes, track: VideoTrack) -> Iterator[av.VideoFrame]:
     decoders: OrderedDict[bytes, av.VideoCodecContext] = _per_thread.decoders
     decoder = decoders.pop(track.extradata, None)
     if decoder is None:
-        decoder = av.CodecContext.create("h264", "r")
-        decoder.extradata = track.extradata
-        decoder.thread_count = 1
-        decoder.options = {"err_detect": "explode"}
-    bytes_of = memoryview(video)
-    for number, (start, end) in enumerate(track.samples):
-        # Memory of its own, with zeros behind it: libav reads past the end of a packet.
-        packet = av.Packet(end - start)
-        packet.update(bytes_of[start:end])
-        packet.pts = packet.dts = number
-        yield from decoder.decode(packet)
-    yield from decoder.decode(None)
-    decoder.flush_buffers()
+        decoder = open_decoder(track)
+    yield from decode(decoder, video, track)
     decoders[track.extradata] = decoder
     if len(decoders) > KEPT_DECODERS:
         decoders.popitem(last=False)

@@ -1,9 +1,7 @@
 """Is a folder of shards whole, and what is in it: verification, statistics, a contact sheet."""
 
 import hashlib
-import io
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from shards.manifest import Manifest, ShardEntry, read_manifest
-from shards.reader import RawClip, ShardReader
-from shards.schema import FRAME_SIZES, FRAMES_PER_CLIP, MEMBER_SUFFIXES, WAV_HEADER, BadClip, shard_stem
-from shards.slicing import decoded_frames, loudness_dbfs
+from shards.mp4 import decode, open_decoder, read_video_track
+from shards.reader import RawClip, ShardReader, find_shard_fault
+from shards.schema import FRAME_SIZES, FRAMES_PER_CLIP, WAV_HEADER, BadClip, shard_stem
+from shards.slicing import loudness_dbfs
 
 HASH_BYTES = 1 << 20
 MAX_PROBLEMS_PER_SHARD = 20
@@ -126,31 +125,23 @@ def _check_shard(
 
     if path.stem != shard_stem(manifest.split, entry.slot, entry.index):
         problem(f"name does not fit split {manifest.split!r}, slot {entry.slot}, index {entry.index}")
-    if not path.exists():
-        problem("no such file; copy it again or make the shards again")
-        return found
-    size = path.stat().st_size
-    if size != entry.bytes:
-        problem(f"{size} bytes, expected {entry.bytes}; copy it again or make the shards again")
-    if _sha256(path) != entry.sha256:
+    fault = find_shard_fault(path, entry.num_clips, entry.bytes)
+    if fault is not None:
+        problem(fault)
+    elif _sha256(path) != entry.sha256:
         problem("SHA-256 differs from the manifest; copy it again or make the shards again")
     try:
         reader = ShardReader(path)
     except ValueError as error:
-        problem(str(error))
+        if fault is None:
+            problem(str(error))
         return found
     with reader:
         if len(reader) != entry.num_clips:
             problem(f"{len(reader)} clips by its index, expected {entry.num_clips}")
-        keys_in_order = [reader.key(position) for position in range(len(reader))]
-        names = [f"{key}.{suffix}" for key in keys_in_order for suffix in MEMBER_SUFFIXES]
-        try:
-            with tarfile.open(path, "r:") as tar:
-                members = [member.name for member in tar]
-            if members != names:
-                problem(f"its {len(members)} members are not those of its index ({len(names)})")
-        except tarfile.TarError as error:
-            problem(f"not a whole tar ({error})")
+        stray = reader.find_stray_bytes()
+        if stray is not None:
+            problem(stray)
         keys = set()
         for position in range(len(reader)):
             try:
@@ -168,9 +159,9 @@ def _check_shard(
                 size_text = f"{info.frame_width}x{info.frame_height}"
                 problem(f"clip {info.key}: frame size {size_text} is not one of the schema")
             if decode:
-                sizes = decoded_frames(clip.video)
-                if sizes != [(info.frame_width, info.frame_height)] * FRAMES_PER_CLIP:
-                    problem(f"clip {info.key}: {len(sizes)} frames decode, of sizes {sorted(set(sizes))}")
+                flaw = _find_flaw(clip)
+                if flaw is not None:
+                    problem(f"clip {info.key}: {flaw}")
                 loudness = loudness_dbfs(waveform(clip))
                 if abs(loudness - info.loudness_dbfs) > 0.02:
                     problem(f"clip {info.key}: loudness {loudness}, key.json has {info.loudness_dbfs}")
@@ -185,6 +176,22 @@ def _check_shard(
             statistics.loudness_dbfs.append(info.loudness_dbfs)
             statistics.source_fps.append(info.source_fps)
     return found
+
+
+def _find_flaw(clip: RawClip) -> str | None:
+    """What is wrong with a clip's pictures for a loader, in words."""
+    expected, sizes = (clip.info.frame_width, clip.info.frame_height), []
+    try:
+        track = read_video_track(clip.video)
+        if len(track.samples) != FRAMES_PER_CLIP:
+            return f"{len(track.samples)} coded frames, expected {FRAMES_PER_CLIP}"
+        for frame in decode(open_decoder(track), clip.video, track):
+            sizes.append((frame.width, frame.height))
+    except (ValueError, av.error.FFmpegError) as error:
+        return f"frame {len(sizes)} does not decode ({error})"
+    if sizes != [expected] * FRAMES_PER_CLIP:
+        return f"{len(sizes)} frames decode, of sizes {sorted(set(sizes))}, key.json has {expected}"
+    return None
 
 
 def _check_slots(manifest: Manifest, videos_of: dict[int, dict[int, list[str]]]) -> list[str]:
@@ -226,12 +233,12 @@ def spread_clips(
     """About `num_clips` clips of one slot, evenly spread over it; damaged ones are left out."""
     shards = manifest.slot_shards(slot)
     total = sum(shard.num_clips for shard in shards)
-    wanted = set(range(total))
-    if total > num_clips:
-        wanted = {total * number // num_clips for number in range(num_clips)}
+    wanted = (
+        [total * number // num_clips for number in range(num_clips)] if total > num_clips else range(total)
+    )
     first = 0
     for shard in shards:
-        chosen = [p for p in range(shard.num_clips) if first + p in wanted]
+        chosen = [place - first for place in wanted if first <= place < first + shard.num_clips]
         first += shard.num_clips
         if not chosen:
             continue
@@ -296,10 +303,10 @@ def _tile(clip: RawClip) -> Image.Image:
 def middle_frame(video: bytes) -> Image.Image | None:
     """Frame 16 of a clip as an RGB picture; None if it does not decode."""
     try:
-        with av.open(io.BytesIO(video), format="mp4") as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number == FRAMES_PER_CLIP // 2:
-                    return frame.to_image()
-    except (av.error.FFmpegError, IndexError):
+        track = read_video_track(video)
+        for number, frame in enumerate(decode(open_decoder(track), video, track)):
+            if number == FRAMES_PER_CLIP // 2:
+                return frame.to_image()
+    except (ValueError, av.error.FFmpegError):
         pass
     return None

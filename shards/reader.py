@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from shards.schema import MEMBER_SUFFIXES, SAMPLES_PER_CLIP, WAV_HEADER, BadClip, ClipInfo
+from shards.schema import MEMBER_SUFFIXES, SAMPLES_PER_CLIP, WAV_HEADER, BadClip, ClipInfo, video_number
 from shards.writer import INDEX_VERSION
+
+MAX_CLIP_BYTES = 16 << 20
+"""A clip's members lie within so many bytes of the tar: no more is read for one clip, whatever the index says. The
+frames of the largest one have 2.3 MB before they are compressed."""
+MAX_INDEX_BYTES = 64 << 20
+"""An index of 400,000 clips has so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +51,16 @@ class ShardReader:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.shard = self.path.name
-        self._samples = _read_index(self.path.with_suffix(".idx"))
         self._descriptor = -1
-        self._open()
-
-    def _open(self) -> None:
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except FileNotFoundError:
-            raise ValueError(f"{self.path} does not exist; copy it again or re-run make_shards") from None
+            with _open_plain_file(self.path) as file:
+                self._descriptor = os.dup(file.fileno())
+        except _UnreadableError as error:
+            raise ValueError(
+                f"{error.path} {error}, expected a tar; copy it again or re-run make_shards"
+            ) from None
         size = os.fstat(self._descriptor).st_size
+        self._samples = _read_index(self.path.with_suffix(".idx"), size)
         end = max(member.offset + member.size for sample in self._samples for member in sample.values())
         if size % tarfile.BLOCKSIZE or size < end + 2 * tarfile.BLOCKSIZE:
             self.close()
@@ -85,6 +91,8 @@ class ShardReader:
         # One read for the whole clip, headers included: members are adjacent.
         first = min(member.offset for member in sample.values()) - tarfile.BLOCKSIZE
         last = max(member.offset + member.size for member in sample.values())
+        if last - first > MAX_CLIP_BYTES:
+            raise BadClip(key, self.shard, "stale-index")
         data = self._pread(first, last - first, key)
         members = {}
         for suffix in MEMBER_SUFFIXES:
@@ -97,7 +105,9 @@ class ShardReader:
             info = ClipInfo.from_json(members["json"])
         except ValueError as error:
             raise BadClip(key, self.shard, "bad-json") from error
-        if info.key != key:
+        if info.key != key or not key.endswith(f"_{info.slot:02d}"):
+            raise BadClip(key, self.shard, "bad-json")
+        if info.video_number != video_number(info.video_id):  # batches know a video by it
             raise BadClip(key, self.shard, "bad-json")
         crcs = (zlib.crc32(members["mp4"]), zlib.crc32(members["wav"]))
         if crcs != (info.video_crc32, info.audio_crc32):
@@ -106,6 +116,28 @@ class ShardReader:
         if len(audio) != len(WAV_HEADER) + 2 * SAMPLES_PER_CLIP or not audio.startswith(WAV_HEADER):
             raise BadClip(key, self.shard, "sample-count")
         return RawClip(info=info, video=members["mp4"], audio=audio, shard=self.shard)
+
+    def find_stray_bytes(self) -> str | None:
+        """What the tar holds besides its index's members, one after the other, in words; None: nothing.
+
+        Python's tarfile is not asked: a header can make it read for ever (sizes below zero, CVE-2025-8194).
+        """
+        end = 0
+        for position, sample in enumerate(self._samples):
+            key = self.key(position)
+            members = [(suffix, sample.get(suffix)) for suffix in MEMBER_SUFFIXES]
+            for suffix, member in members:
+                if member is None or len(sample) > len(members) or member.name != f"{key}.{suffix}":
+                    return f"clip {key}: members {', '.join(sample)}, expected {', '.join(MEMBER_SUFFIXES)} of one key"
+                if member.offset != end + tarfile.BLOCKSIZE:
+                    return f"clip {key}: {suffix} at byte {member.offset}, expected {end + tarfile.BLOCKSIZE}"
+                end = member.offset + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        length = os.fstat(self._descriptor).st_size - end
+        if not 2 * tarfile.BLOCKSIZE <= length <= 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE:
+            return f"{length} bytes after its last clip, expected the two blocks of zeros that end a tar"
+        if any(os.pread(self._descriptor, length, end)):
+            return f"more after its last clip, at byte {end}, expected zeros"
+        return None
 
     def _pread(self, offset: int, length: int, key: str) -> bytes:
         parts = []
@@ -142,32 +174,35 @@ class ShardReader:
 
 
 def _header_fits(header: bytes, member: _Member) -> bool:
-    """True if the 512 bytes before a member are a tar header of its name and size."""
+    """True if the 512 bytes before a member are a tar header of a plain file of its name and size."""
     name = header[:100].rstrip(b"\0")
     digits = header[124:136].strip(b" \0")
     return (
         name == member.name.encode("ascii")
+        and header[156:157] in (tarfile.REGTYPE, tarfile.AREGTYPE)
         and digits.isdigit()
         and all(digit in b"01234567" for digit in digits)
         and int(digits, 8) == member.size
     )
 
 
-def _read_index(path: Path) -> list[dict[str, _Member]]:
+def _read_index(path: Path, tar_bytes: int) -> list[dict[str, _Member]]:
     """Per clip: suffix -> member. ValueError if there is no index or it is not one."""
+    again = "copy it again, re-run make_shards, or write it with wds2idx"
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist, expected DALI's index beside the tar; copy it again, "
-            f"re-run make_shards, or write it with wds2idx"
-        ) from None
+        with _open_plain_file(path) as file:
+            fault = _index_size_fault(file, tar_bytes)
+            if fault is not None:
+                raise ValueError(f"{path} {fault}; {again}")
+            lines = file.read().decode("ascii").splitlines()
+    except _UnreadableError as error:
+        raise ValueError(f"{path} {error}, expected DALI's index beside the tar; {again}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not an index ({error}); copy it again or re-run make_shards") from error
+        raise ValueError(f"{path} is not an index ({error.reason} at {error.start}); {again}") from error
     head = lines[0].split() if lines else []
     if len(head) != 2 or head[0] != INDEX_VERSION or head[1] != str(len(lines) - 1) or len(lines) < 2:
         raise ValueError(
-            f"{path} starts with {lines[0] if lines else ''!r} and has {len(lines)} lines, expected "
+            f"{path} starts with {lines[0] if lines else ''!r:.100} and has {len(lines)} lines, expected "
             f"'{INDEX_VERSION} <number of clips>' and one line per clip; copy it again or re-run make_shards"
         )
     samples = []
@@ -175,7 +210,7 @@ def _read_index(path: Path) -> list[dict[str, _Member]]:
         sample = _parse_row(line)
         if sample is None:
             raise ValueError(
-                f"{path}, line {number} is {line!r}, expected 'suffix offset size name' per member"
+                f"{path}, line {number} is {line!r:.200}, expected 'suffix offset size name' per member"
             )
         samples.append(sample)
     return samples
@@ -216,15 +251,18 @@ def find_shard_fault(path: str | os.PathLike, num_clips: int, num_bytes: int) ->
             if size != num_bytes:
                 return f"{tar} has {size} bytes, expected {num_bytes} bytes by its manifest; {again}"
             with _open_plain_file(index) as index_file:
-                data = index_file.read()
-            fault = _index_fault(data, num_clips)
+                fault = _index_size_fault(index_file, size)
+                data = b"" if fault is not None else index_file.read()
+            fault = fault or _index_fault(data, num_clips)
             if fault is not None:
                 return f"{index} {fault}; {again}"
             rows = []
             for line in (data.split(b"\n", 2)[1], data.rsplit(b"\n", 2)[1]):  # of the first and the last clip
                 row = _parse_row(line.decode("ascii"))
                 if row is None:
-                    return f"{index} has {line!r}, expected 'suffix offset size name' per member; {again}"
+                    return (
+                        f"{index} has {line!r:.200}, expected 'suffix offset size name' per member; {again}"
+                    )
                 rows.append(row)
             end = max(member.offset + member.size for row in rows for member in row.values())
             if not 0 <= size - end - 2 * tarfile.BLOCKSIZE < tarfile.BLOCKSIZE + tarfile.RECORDSIZE:
@@ -247,6 +285,12 @@ def find_shard_fault(path: str | os.PathLike, num_clips: int, num_bytes: int) ->
     except OSError as error:
         return f"{tar} cannot be read ({error}); {again}"
     return None
+
+
+def _index_size_fault(file: BinaryIO, tar_bytes: int) -> str | None:
+    """What is wrong with the size of an index: more than any that belongs to a tar of so many bytes."""
+    size, limit = os.fstat(file.fileno()).st_size, min(tar_bytes, MAX_INDEX_BYTES)
+    return f"has {size} bytes, expected at most {limit} for a tar of {tar_bytes}" if size > limit else None
 
 
 def _index_fault(data: bytes, num_clips: int) -> str | None:

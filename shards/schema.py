@@ -111,7 +111,7 @@ class ClipInfo:
             record = json.loads(data)
         except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
             raise ValueError(
-                f"key.json is not JSON ({error}); the shard is damaged, write it again"
+                f"key.json is not JSON ({error!s:.200}); the shard is damaged, write it again"
             ) from error
         names = [field.name for field in fields(cls)]
         if not isinstance(record, dict) or not set(names) <= set(record):
@@ -124,22 +124,34 @@ def _checked(name: str, value: Any) -> Any:
     """`value` in the type of field `name` of `ClipInfo`; ValueError if it has another one."""
     kind = ClipInfo.__dataclass_fields__[name].type
     if kind is str or kind == "str":
-        good = isinstance(value, str)
+        good = _is_text(value)
     elif name == "label":
-        good = value is None or isinstance(value, str)
+        good = value is None or _is_text(value)
     elif name == "source_crop":
         good = isinstance(value, list) and len(value) == 4 and all(_is_number(part) for part in value)
         value = tuple(float(part) for part in value) if good else value
     elif kind is int:
-        good = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+        good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
     else:
         good = _is_number(value)
         value = float(value) if good else value
     if not good:
+        range_text = ", 0 to 2**63 - 1" if kind is int else ""
         raise ValueError(
-            f"key.json: {name} is {value!r}, expected {kind}; the shard is damaged, write it again"
+            f"key.json: {name} is {value!r:.100}, expected {kind}{range_text}; the shard is damaged, write it again"
         )
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text that stands for bytes: surrogates only as the escapes of what is not UTF-8."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:

@@ -77,23 +77,9 @@ class EditableShard:
 
     def write(self) -> None:
         """Tar, index, and the shard's size and checksum in the manifest."""
-        tar = bytearray()
-        places: dict[int, str] = {}
-        for member in self.order or [member for clip in self.clips for member in clip]:
-            header = member.header
-            if header is None:
-                fields = tarfile.TarInfo(member.name)
-                fields.size, fields.mode = len(member.data), 0o644
-                header = fields.tobuf(tarfile.USTAR_FORMAT)
-            tar += header
-            places[id(member)] = f"{member.suffix} {len(tar)} {len(member.data)} {member.name}"
-            tar += member.data + bytes(-len(member.data) % tarfile.BLOCKSIZE)
-        tar += bytes(2 * tarfile.BLOCKSIZE)
-        tar += bytes(-len(tar) % tarfile.RECORDSIZE)
-        rows = [" ".join(places[id(member)] for member in clip) for clip in self.clips]
+        tar, index = pack(self.clips, self.order)
         self.path.write_bytes(tar)
-        text = "".join(f"{row}\n" for row in [f"{INDEX_VERSION} {len(rows)}", *rows])
-        self.path.with_suffix(".idx").write_text(text)
+        self.path.with_suffix(".idx").write_bytes(index)
         manifest = read_manifest(self.path.parent)
         fields = {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
         shards = [
@@ -102,6 +88,26 @@ class EditableShard:
         # Not write_manifest, which waits for the disk.
         path = self.path.with_name(MANIFEST_NAME)
         path.write_bytes(replace(manifest, shards=tuple(shards)).to_json())
+
+
+def pack(clips: list[list[Member]], order: list[Member] | None = None) -> tuple[bytes, bytes]:
+    """(tar, index) of clips; order: the members in the order of the tar, if not clip by clip."""
+    tar = bytearray()
+    places: dict[int, str] = {}
+    for member in order or [member for clip in clips for member in clip]:
+        header = member.header
+        if header is None:
+            fields = tarfile.TarInfo(member.name)
+            fields.size, fields.mode = len(member.data), 0o644
+            header = fields.tobuf(tarfile.USTAR_FORMAT)
+        tar += header
+        places[id(member)] = f"{member.suffix} {len(tar)} {len(member.data)} {member.name}"
+        tar += member.data + bytes(-len(member.data) % tarfile.BLOCKSIZE)
+    tar += bytes(2 * tarfile.BLOCKSIZE)
+    tar += bytes(-len(tar) % tarfile.RECORDSIZE)
+    rows = [" ".join(places[id(member)] for member in clip) for clip in clips]
+    text = "".join(f"{row}\n" for row in [f"{INDEX_VERSION} {len(rows)}", *rows])
+    return bytes(tar), text.encode("utf-8", "surrogateescape")
 
 
 @contextmanager

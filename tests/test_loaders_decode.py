@@ -17,7 +17,7 @@ from loaders.decode import (
     decode_yuv_windows,
     uniform_frame_indices,
 )
-from loaders.mp4 import read_video_track
+from shards.mp4 import read_video_track
 from shards.schema import BadClip
 
 ALL = range(32)

@@ -9,8 +9,18 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import av
+
 _CONTAINERS = frozenset((b"moov", b"trak", b"mdia", b"minf", b"stbl"))
 MAX_SAMPLES = 1000
+MAX_BOXES = 1000
+"""Side by side; shards' files have at most ten."""
+MAX_UNITS = 256
+"""NAL units in a sample; shards' have one or two."""
+MAX_EXTRADATA_BYTES = 4096
+"""Of the parameter sets; shards' have about 50."""
+MAX_PIXELS = 1 << 20
+"""Of a frame: the decoder allocates what the parameter sets say. The largest of a shard has 48,384."""
 NAL_SLICE, NAL_IDR_SLICE = 1, 5  # H.264 NAL unit types: a slice of a picture, of one that starts anew
 NAL_PARAMETERS = frozenset((7, 8, 13, 15))  # sequence and picture parameter sets
 _VISUAL_ENTRY_BYTES = 78  # a VisualSampleEntry's own fields, before its boxes (ISO/IEC 14496-12, 12.1.3)
@@ -58,9 +68,13 @@ def read_video_track(video: bytes) -> VideoTrack:
     return VideoTrack(extradata, samples)
 
 
-def _walk(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte, end) of the boxes from start to end, those inside containers too."""
+def _walk(data: bytes, start: int, end: int, deep: bool = True) -> Iterator[tuple[bytes, int, int]]:
+    """(name, first byte, end) of the boxes from start to end; deep: those inside containers too."""
+    num_boxes = 0
     while start < end:
+        num_boxes += 1
+        if num_boxes > MAX_BOXES:
+            raise ValueError(f"more than {MAX_BOXES} boxes side by side")
         size, name = struct.unpack_from(">I4s", data, start)
         header = 8
         if size == 1:
@@ -71,7 +85,7 @@ def _walk(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]
         if size < header or start + size > end:
             raise ValueError(f"box {name!r} of {size} bytes at {start}, expected it to end by {end}")
         yield name, start + header, start + size
-        if name in _CONTAINERS or name == b"edts":
+        if deep and (name in _CONTAINERS or name == b"edts"):
             yield from _walk(data, start + header, start + size)
         start += size
 
@@ -82,6 +96,8 @@ def _table(data: bytes, start: int, end: int, offset: int, words: int) -> tuple[
     first = start + offset + 4
     if first + 4 * words * count > end:
         raise ValueError(f"a table of {count} rows is longer than its box")
+    if count > MAX_SAMPLES:
+        raise ValueError(f"a table of {count} rows, expected at most {MAX_SAMPLES}")
     return struct.unpack_from(f">{words * count}I", data, first)
 
 
@@ -99,8 +115,10 @@ def _avc_configuration(data: bytes, start: int, end: int) -> bytes:
     size, name = struct.unpack_from(">I4s", data, start + 8)
     if count != 1 or name != b"avc1" or start + 8 + size > end:
         raise ValueError(f"{count} sample descriptions, the first {name!r}, expected one avc1")
-    for box, first, last in _walk(data, start + 16 + _VISUAL_ENTRY_BYTES, start + 8 + size):
+    for box, first, last in _walk(data, start + 16 + _VISUAL_ENTRY_BYTES, start + 8 + size, deep=False):
         if box == b"avcC":
+            if last - first > MAX_EXTRADATA_BYTES:
+                raise ValueError(f"avcC of {last - first} bytes, expected at most {MAX_EXTRADATA_BYTES}")
             return data[first:last]
     raise ValueError("avc1 has no avcC")
 
@@ -108,7 +126,11 @@ def _avc_configuration(data: bytes, start: int, end: int) -> bytes:
 def _sample_sizes(data: bytes, start: int, end: int) -> tuple[int, ...]:
     size, count = struct.unpack_from(">II", data, start + 4)
     if size == 0:
-        return _table(data, start, end, 8, 1)
+        return (
+            (0,) * (MAX_SAMPLES + 1)
+            if MAX_SAMPLES < count <= (end - start) // 4
+            else _table(data, start, end, 8, 1)
+        )
     if size * count > len(data):
         raise ValueError(f"{count} samples of {size} bytes in a file of {len(data)}")
     return (size,) * min(count, MAX_SAMPLES + 1)
@@ -152,13 +174,42 @@ def _check_units(data: bytes, extradata: bytes, samples: tuple[tuple[int, int], 
         raise ValueError(f"avcC of {len(extradata)} bytes")
     length_bytes = 1 + extradata[4] % 4
     for number, (start, end) in enumerate(samples):
-        kinds = set()
-        while start < end:
+        kinds, num_units = set(), 0
+        while start < end and num_units <= MAX_UNITS:
+            num_units += 1
             first = start + length_bytes
             start = first + int.from_bytes(data[start:first], "big")
             if not first < start <= end:
                 raise ValueError(f"sample {number} does not end with a NAL unit")
             kinds.add(data[first] & 31)
+        if num_units > MAX_UNITS:
+            raise ValueError(f"sample {number} has more than {MAX_UNITS} NAL units")
         slices = kinds & {NAL_SLICE, NAL_IDR_SLICE}
         if not slices or kinds & NAL_PARAMETERS or (number == 0 and slices != {NAL_IDR_SLICE}):
             raise ValueError(f"sample {number} has NAL units of types {sorted(kinds)}")
+
+
+def open_decoder(track: VideoTrack) -> av.VideoCodecContext:
+    """A decoder for `decode`, on one thread. It stops at the first error and at frames of more than MAX_PIXELS."""
+    decoder = av.CodecContext.create("h264", "r")
+    decoder.extradata = track.extradata
+    decoder.thread_count = 1
+    decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    return decoder
+
+
+def decode(decoder: av.VideoCodecContext, video: bytes, track: VideoTrack) -> Iterator[av.VideoFrame]:
+    """Frames of a track, pts from 0 on; the decoder can then take another one with the same extradata.
+
+    Raises:
+        av.error.FFmpegError: a frame does not decode. The decoder must not be used again then.
+    """
+    bytes_of = memoryview(video)
+    for number, (start, end) in enumerate(track.samples):
+        # Memory of its own, with zeros behind it: libav reads past the end of a packet.
+        packet = av.Packet(end - start)
+        packet.update(bytes_of[start:end])
+        packet.pts = packet.dts = number
+        yield from decoder.decode(packet)
+    yield from decoder.decode(None)
+    decoder.flush_buffers()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaders_media import SIZES, encode_video, picture, remuxed
 
-from loaders.mp4 import read_video_track
+from shards.mp4 import read_video_track
 
 
 def demuxed(video: bytes) -> tuple[bytes, list[bytes]]:
