@@ -72,8 +72,6 @@ class SliceJob:
     """Place of the video in the random order."""
     source: SourceVideo
     run: RunSettings
-    attempt: int = 0
-    """How many workers died of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,6 @@ class BlockJob:
     run: RunSettings
     expected: dict[str, str] | None = None
     """Names of the shards to write, with the SHA-256 that each has to have; None: all, with any."""
-    attempt: int = 0
 
 
 def do_job(job: SliceJob | BlockJob) -> Any:

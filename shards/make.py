@@ -17,8 +17,9 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +64,8 @@ ATTEMPTS = 4
 """A job whose worker dies is given to others until so many have died of it."""
 TRANSFER_SECONDS = 3600.0
 """More time for a job that reads or writes at URLs, whose own limits are about progress."""
+VIDEOS_BETWEEN = 50
+"""Before a video whose worker died is tried again, so many others come: the machine may lack memory for now."""
 EXAMPLES = 5
 """Names in a message."""
 
@@ -265,18 +268,17 @@ def _finished_manifest(out: str, identity: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _bad_shards(out: str, entries: Iterable[ShardEntry], verify: bool) -> list[ShardEntry]:
+def _bad_shards(out: str, entries: Sequence[ShardEntry], verify: bool) -> list[ShardEntry]:
     """Those of the shards that are not there, or without index, or of another size, or with `verify` of another
     checksum."""
     sizes = storage.list_sizes(out)
-    bad = []
-    for entry in entries:
+
+    def is_good(entry: ShardEntry) -> bool:
         good = sizes.get(entry.name) == entry.bytes and _index_name(entry) in sizes
-        if good and verify:
-            good = storage.checksum(storage.join(out, entry.name)) == entry.sha256
-        if not good:
-            bad.append(entry)
-    return bad
+        return good and (not verify or storage.checksum(storage.join(out, entry.name)) == entry.sha256)
+
+    with ThreadPoolExecutor(usable_cores()) as threads:
+        return [entry for entry, good in zip(entries, threads.map(is_good, entries)) if not good]
 
 
 def _index_name(entry: ShardEntry) -> str:
@@ -290,7 +292,8 @@ def _refuse_foreign_shards(config: ShardConfig) -> None:
         if foreign:
             raise ValueError(
                 f"{out} has {len(foreign)} tar and idx files ({foreign[0]}, ...) but neither manifest nor an "
-                f"unfinished run; expected an empty folder: choose another --out, or delete them"
+                f"unfinished run ({config.work_location}); expected an empty folder: choose another --out, or "
+                f"delete them"
             )
 
 
@@ -369,8 +372,8 @@ class _Run:
         """Per block: videos without a result."""
         self.todo_videos: list[int] = []
         self.todo_blocks: list[int] = []
-        self.todo_again: list[SliceJob | BlockJob] = []
-        """Their worker died."""
+        self.deaths: Counter[str] = Counter()
+        """Per video or block: how many workers died of it."""
 
     def resume(self) -> None:
         """Find what earlier runs did, and clear away what they left half done."""
@@ -440,8 +443,7 @@ class _Run:
         if self.todo_videos:
             number = self.todo_videos.pop()
             return SliceJob(number=number, source=self.videos[number], run=self.settings)
-        # Last, when the machine has less to do: it may have died for lack of memory.
-        return self.todo_again.pop() if self.todo_again else None
+        return None
 
     def work_off(self) -> None:
         run_jobs = open_engine(self.config.engine, self.work)
@@ -460,15 +462,20 @@ class _Run:
 
     def _lost(self, job: SliceJob | BlockJob, reason: str) -> None:
         """The process died or hung. A death may have had another cause than the video (memory, an end of the
-        machine), so it is tried again."""
-        if reason == "crash" and job.attempt + 1 < ATTEMPTS:
-            self.todo_again.append(replace(job, attempt=job.attempt + 1))
+        machine), so it is tried again, a little later."""
+        key = f"video {job.number}" if isinstance(job, SliceJob) else f"block {job.index}"
+        self.deaths[key] += 1
+        if reason == "crash" and self.deaths[key] < ATTEMPTS:
+            if isinstance(job, SliceJob):
+                self.todo_videos.insert(max(len(self.todo_videos) - VIDEOS_BETWEEN, 0), job.number)
+            else:
+                self.todo_blocks.append(job.index)
         elif isinstance(job, SliceJob):
             self._video_done(job.number, give_up(job, reason))
         else:
             raise OSError(
-                f"writing the shards of block {job.index} ended with {reason}; run the same command again, it "
-                f"goes on where it stopped"
+                f"writing the shards of {key} ended with {reason}; run the same command again, it goes on where "
+                f"it stopped"
             )
 
     def _video_done(self, number: int, row: ReportRow) -> None:

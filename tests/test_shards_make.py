@@ -206,6 +206,7 @@ def test_killed_25_times_at_random_it_ends_with_the_same_bytes(videos: Path, tmp
                 num_finished += 1
         output, _ = run_tool(many, out).communicate(timeout=120)
         assert contents(out) == wanted, output
+        print(killed, num_finished)
     except AssertionError:
         print(
             f"CMAC_KILL_SEED={seed} repeats this; killed {dict(killed)}, finished {num_finished} times between"
@@ -469,6 +470,35 @@ def test_workers_given_up_for_dead_change_nothing_when_they_come_late(
     assert contents(out) == contents(reference)
 
 
+def test_job_whose_worker_dies_is_tried_again_a_bounded_number_of_times(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The video that always kills its worker is skipped; one that did so thrice is not."""
+    tries: Counter[str] = Counter()
+
+    def deadly(function, next_job, num_workers, limit_seconds):
+        while (job := next_job()) is not None:
+            name = job.source.video_id if isinstance(job, shards.jobs.SliceJob) else f"block {job.index}"
+            tries[name] += 1
+            dies = {"one second.mp4": 99, "barking/video_001.mp4": 3, "block 1": 3}.get(name, 0)
+            yield job, Lost("crash") if tries[name] <= dies else function(job)
+
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: deadly)
+    out = tmp_path / "out"
+    make_shards(configure(videos, out))
+    assert {name: count for name, count in tries.items() if count > 1} == {
+        "one second.mp4": 4,
+        "barking/video_001.mp4": 4,
+        "block 1": 4,
+    }
+    rows, others = (
+        {row.path: row for row in read_report(folder / "report.csv")} for folder in (out, reference)
+    )
+    assert (rows["one second.mp4"].status, rows["one second.mp4"].reason) == ("skipped", "crash")
+    assert rows | {"one second.mp4": others["one second.mp4"]} == others
+    assert check_shards(out).problems == []
+
+
 def test_block_whose_results_another_worker_has_tidied_up_is_that_workers(
     videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -638,6 +668,8 @@ def test_check_tool_tells_what_is_wrong(
     errors = capsys.readouterr().err
     for words in ("SHA-256 differs", ": checksum", "bytes, expected", "000099.tar: not in the manifest"):
         assert words in errors
+    assert check_tool.main(["s3://bucket/out"]) == 2
+    assert "is a URL, expected a folder of this machine" in capsys.readouterr().err
     assert check_tool.main([str(tmp_path)]) == 2
     assert "manifest.json does not exist" in capsys.readouterr().err
 

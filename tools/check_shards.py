@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from shards import storage
 from shards.check import CheckResult, check_shards, spread_clips, waveform, write_contact_sheet
 from shards.manifest import Manifest
+from shards.progress import print_any_name
 
 DEFAULT_SHEET = "contact_sheet.png"
 
@@ -48,9 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
+    print_any_name()
     try:
         if args.clips < 1 or (args.log_mel_stats is not None and args.log_mel_stats < 1):
             raise ValueError("--clips and --log-mel-stats expect at least 1")
+        if storage.is_url(args.folder):
+            raise ValueError(
+                f"{args.folder} is a URL, expected a folder of this machine; copy it, or let make_shards --verify "
+                f"compare the checksums there"
+            )
         result = check_shards(args.folder, decode=args.decode)
         print(_describe(result))
         if args.contact_sheet != "":

@@ -26,7 +26,7 @@ from shards.make import Estimate, NothingKept, ShardConfig, estimate_shards, mak
 from shards.manifest import Manifest
 from shards.media import SourceLimits
 from shards.pool import JobFailed, usable_cores
-from shards.progress import TextProgress
+from shards.progress import TextProgress, print_any_name
 from shards.slicing import SliceSettings
 
 
@@ -143,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = build_parser().parse_args(argv)
+    print_any_name()
     # A plain kill ends the workers and their ffmpeg too.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
