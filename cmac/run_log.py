@@ -225,11 +225,18 @@ class _Rows:
         self._whole: int | None = None  # bytes of whole rows, while there may be part of one behind them
 
     def write(self, row: Row) -> None:
-        with open(self._path, "ab") as file:
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            with open(self._path, "ab") as file:
+                if self._whole is not None:
+                    file.truncate(self._whole)
+                self._whole = file.seek(0, os.SEEK_END)
+                file.write(line)
+        except OSError:
             if self._whole is not None:
-                file.truncate(self._whole)
-            self._whole = file.seek(0, os.SEEK_END)
-            file.write((json.dumps(row) + "\n").encode())
+                with contextlib.suppress(OSError):  # then the next row begins with it
+                    os.truncate(self._path, self._whole)
+            raise
         self._whole = None
 
 
