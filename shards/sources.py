@@ -86,9 +86,9 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
     """Videos named in a file, one path per line, relative to `folder` or absolute, or a URL; and the number of
     repeated lines.
 
-    A label may follow the path after a tab. A file that contains NUL bytes is taken as NUL-separated (for
-    names with newlines: `find . -print0`). Without a label, it is the name of the video's folder, as in
-    `videos_of_folder`.
+    A label may follow the path after a tab (unless there is a file whose name has the tab in it). A file that
+    contains NUL bytes is taken as NUL-separated (for names with newlines: `find . -print0`). Without a label, it is
+    the name of the video's folder, as in `videos_of_folder`.
 
     Raises:
         ValueError: no such file or folder, or nothing in it.
@@ -101,6 +101,8 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
     repeated = 0
     for line in lines:
         text, tab, label = os.fsdecode(line).partition("\t")
+        if tab and _is_local_file(folder, os.fsdecode(line)):
+            text, label = os.fsdecode(line), ""
         if not text.strip():
             continue
         name, found = _listed_file(folder, text)
@@ -111,6 +113,10 @@ def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]
     if not rows:
         raise ValueError(f"{list_path} names no videos, expected one path per line")
     return with_hashes(rows[name] for name in sorted(rows, key=os.fsencode)), repeated
+
+
+def _is_local_file(folder: str, text: str) -> bool:
+    return not _is_remote(folder) and os.path.isfile(os.path.join(_local(folder), text))
 
 
 def _listed_file(folder: str, text: str) -> tuple[str, str | None]:
