@@ -29,6 +29,11 @@ log = logging.getLogger(__name__)
 class TooManyBadClips(RuntimeError):
     """More than max_bad_fraction of the clips seen could not be used."""
 
+    def __init__(self, message: str, batch: ClipBatch) -> None:
+        super().__init__(message)
+        self.batch = batch
+        """The batch with which they became too many: it is not handed out, but its bad clips count."""
+
 
 class WorkerDied(RuntimeError):
     """A worker process ended, or made nothing for so long that it was ended. str() is a sentence for a user."""
@@ -258,7 +263,8 @@ class PositionedLoader(ABC):
             raise TooManyBadClips(
                 f"{num_bad} of {self._clips_seen} clips are bad ({reasons}), expected at most {allowed:.2%} "
                 f"(loader.max_bad_fraction); most are in {shards}; run tools/check_shards.py on "
-                f"{self.table.folder}"
+                f"{self.table.folder}",
+                batch,
             )
 
 

@@ -56,19 +56,23 @@ class Report:
         return f"{head}, slowest {seconds:.1f} s ({name}): {counts}{shown}"
 
 
-def run_child(script: str, *arguments: str, cwd: Path, timeout_seconds: float) -> Report:
-    """Runs `python tests/SCRIPT ARGUMENTS` in a folder; AssertionError that names the input at which it died."""
-    environment = {
+def child_environment() -> dict[str, str]:
+    """For a program that imports this project's modules from any folder."""
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",  # else each thread takes 64 MB of address space
     }
+
+
+def run_child(script: str, *arguments: str, cwd: Path, timeout_seconds: float) -> Report:
+    """Runs `python tests/SCRIPT ARGUMENTS` in a folder; AssertionError that names the input at which it died."""
     report, started, errors = Report(), "before the first input", ""
     command = [sys.executable, str(ROOT / "tests" / script), *arguments]
     with subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=cwd, env=child_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as child:
         try:
             output, errors = child.communicate(timeout=timeout_seconds)
@@ -180,7 +184,10 @@ def _watch(guarded: Path, writable: list[Path], readable: list[Path], trespasses
             elif not inside(path, [*writable, *readable]) and inside(path, [guarded]):
                 trespasses.append(f"opened {path!r}")
         elif event in CHANGES:
-            for path in arguments[: CHANGES[event]]:
+            paths = arguments[: CHANGES[event]]
+            if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # relative to an open folder
+                paths = (os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), os.fsdecode(paths[0])),)
+            for path in paths:
                 if not inside(path, writable):
                     trespasses.append(f"{event} of {path!r}")
         elif event in FORBIDDEN:
