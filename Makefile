@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
 	2>/dev/null && echo $$python && break; done)
-PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-input -q
+INSTALL := VENV="$(VENV)" PIP_OPTIONS=-q deploy/install.sh
 
 export VIDEOS
 
@@ -43,15 +43,15 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created setup.py constraints.txt
 	@echo "Installing PyTorch and the rest into $(VENV) (about 6 GB, minutes on a fast network) ..."
-	$(PIP) -c constraints.txt -e .
+	$(INSTALL) python
 	@touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed
-	$(PIP) -c constraints.txt -e '.[test]'
+	EXTRAS=test $(INSTALL) python
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(PIP) -c constraints.txt -e '.[bench]'
+	EXTRAS=bench $(INSTALL) python
 	@touch $@
 
 clean:

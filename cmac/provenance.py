@@ -1,5 +1,6 @@
 """What a result came from: commit, machine and library versions."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from shards.pool import cpu_model, usable_cores
 
 
 def git_commit() -> str:
-    """Short commit of this checkout with `+changes` when files differ from it, or "unknown" outside of one."""
+    """Short commit of this checkout with `+changes` when files differ from it; outside of one, what the variable
+    CMAC_COMMIT says, as in the image, or "unknown"."""
     folder = Path(__file__).resolve().parent
     command = [
         "git",
@@ -21,11 +23,12 @@ def git_commit() -> str:
         "--dirty=+changes",
         "--exclude=*",
     ]
+    elsewhere = os.environ.get("CMAC_COMMIT") or "unknown"
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return result.stdout.strip() or "unknown"
+        return elsewhere
+    return result.stdout.strip() or elsewhere
 
 
 def describe_hardware() -> str:
