@@ -121,6 +121,7 @@ def test_the_report_has_each_name_in_a_row_of_its_own(shards: Path) -> None:
 def test_a_batch_has_the_names(shards: Path) -> None:
     config = LoaderConfig(
         shards=str(shards),
+        backend="portable",
         global_batch_size=len(IDS),
         num_workers=0,
         video=VideoConfig(num_frames=4, short_side=36, crop_size=32),
