@@ -3,6 +3,7 @@
 Whatever they hold and whatever they are called, they cost themselves and nothing else.
 """
 
+import ast
 import io
 import os
 import signal
@@ -555,3 +556,54 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         SourceLimits(max_pixels=0)
     with pytest.raises(ValueError, match="max_hours is -1, expected more than 0"):
         SourceLimits(max_hours=-1)
+
+
+# --- how the code is written -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+OPENS_ITS_OWN = {
+    "shards/media.py": {"av.open"},
+    "shards/slicing.py": {"av.open"},  # a clip that it has just written, from memory
+    "shards/check.py": {
+        "av.open",
+        "tarfile.open",
+    },  # members of shards, from memory; a tar, to list its members
+    "cmac/evaluation/videos.py": {"av.open"},  # writes
+    "tools/make_world.py": {"av.open"},  # writes
+    "loaders/stills.py": {"Image.open"},
+}
+"""What is to be looked at again when it changes: where media files and archives are opened."""
+NEVER = {
+    "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "eval", "exec", "pickle.load",
+    "pickle.loads", "pickle.Unpickler", "shutil.unpack_archive", "torch.hub.load", "torchaudio.load",
+}  # fmt: skip
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_the_code_has_no_shell_no_unpickling_and_no_unguarded_opening() -> None:
+    """What the tests above show of files, said of the code: it is to hold for what is written next, too."""
+    found = []
+    paths = [
+        ROOT / "train.py",
+        *(p for part in ("shards", "loaders", "cmac", "tools") for p in (ROOT / part).rglob("*.py")),
+    ]
+    assert len(paths) > 80
+    for path in paths:
+        name = path.relative_to(ROOT).as_posix()
+        for called, node in calls(ast.parse(path.read_text(encoding="utf-8"))):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            bad = called in NEVER or called.endswith((".extractall", ".extract"))
+            bad |= given.get("shell", "False") != "False"
+            bad |= called == "torch.load" and given.get("weights_only") != "True"
+            bad |= called == "np.load" and given.get("allow_pickle") != "False"
+            bad |= called in ("av.open", "Image.open", "tarfile.open") and called not in OPENS_ITS_OWN.get(
+                name, ()
+            )
+            if bad:
+                found.append(f"{name}:{node.lineno}: {called}")
+    assert not found

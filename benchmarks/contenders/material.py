@@ -21,6 +21,7 @@ from pathlib import Path
 from shards.ffmpeg import find_ffmpeg
 from shards.make import ShardConfig, make_shards
 from shards.manifest import read_manifest, write_atomically
+from shards.media import FORMATS, PROTOCOLS
 from shards.pool import usable_cores
 from shards.slicing import SliceSettings
 from shards.sources import videos_of_folder
@@ -81,7 +82,22 @@ def stored_copies(videos: Path, folder: Path) -> None:
         target = folder / f"video_{number:04d}.mp4"
         side = f"min({VIDEO_SHORT_SIDE},min(iw,ih))"
         fitted = f"scale=w='if(gte(iw,ih),-2,trunc({side}/2)*2)':h='if(gte(iw,ih),trunc({side}/2)*2,-2)'"
-        command = [program, "-v", "error", "-y", "-i", path, "-map", "0:v:0", "-map", "0:a:0", "-vf", fitted]
+        guards = ["-protocol_whitelist", PROTOCOLS, "-format_whitelist", FORMATS]
+        command = [
+            program,
+            "-v",
+            "error",
+            "-y",
+            *guards,
+            "-i",
+            f"file:{path}",
+            "-map",
+            "0:v:0",
+            "-map",
+            "0:a:0",
+            "-vf",
+            fitted,
+        ]
         command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-threads", "1", "-c:a", "aac", str(target)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode:
@@ -207,7 +223,7 @@ def _extract(tars: list[str], out: Path) -> None:
     for path in tars:
         for name, data in _members(path):
             if not name.endswith(".json"):
-                (out / name).write_bytes(data)
+                (out / Path(name).name).write_bytes(data)
 
 
 def _recode(tars: list[str], out: Path, codec: str) -> None:
