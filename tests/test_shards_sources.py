@@ -5,6 +5,7 @@ import contextlib
 import functools
 import http.server
 import os
+import tarfile
 import threading
 import time
 import urllib.request
@@ -17,7 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shards.sources
+from shards.make import ShardConfig, make_shards
 from shards.order import hash_fraction, shuffled
+from shards.schema import ClipInfo
+from shards.slicing import SliceSettings
 from shards.sources import (
     SourceVideo,
     csv_format,
@@ -28,6 +32,7 @@ from shards.sources import (
     videos_of_kinetics,
     videos_of_list,
 )
+from tools.make_synthetic_videos import make_flash_beep_video
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -492,3 +497,37 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
     touch(tmp_path, "a/x.mp4", "out/y.mp4")
     videos = videos_of_folder(f"file://{tmp_path}", leave_out=f"file://{tmp_path}/out")
     assert [(video.video_id, video.path) for video in videos] == [("a/x.mp4", str(tmp_path / "a/x.mp4"))]
+
+
+def test_clips_of_audioset_lie_in_the_annotated_segments(tmp_path: Path) -> None:
+    """Of a whole YouTube video, of one that was cut without saying so, and of one whose name says that it is cut."""
+    (tmp_path / "v").mkdir()
+    for name, seconds in [
+        ("aaaaaaaaaaa.mp4", 16.0),
+        ("bbbbbbbbbbb.mp4", 4.2),
+        ("ccccccccccc_60_64.mp4", 4.2),
+    ]:
+        make_flash_beep_video(tmp_path / "v" / name, seconds=seconds)
+    rows = "aaaaaaaaaaa, 9.000, 13.000, x\nbbbbbbbbbbb, 30.000, 34.000, y\nccccccccccc, 60.000, 64.000, z\n"
+    (tmp_path / "a.csv").write_text(AUDIOSET.partition("--PJ")[0] + rows)
+    slicing = SliceSettings(max_clips=6, max_seconds=20, silence_dbfs=-120.0, preset="ultrafast")
+    config = ShardConfig(
+        videos=str(tmp_path / "v"),
+        out=str(tmp_path / "o"),
+        csv=str(tmp_path / "a.csv"),
+        workers=1,
+        slicing=slicing,
+    )
+    manifest = make_shards(config)
+    assert manifest.num_videos == 3 and not manifest.skipped
+    starts: dict[str, set[float]] = {}
+    for path in (tmp_path / "o").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    info = ClipInfo.from_json(tar.extractfile(member).read())
+                    starts.setdefault(info.label, set()).add(info.start_seconds)
+    assert len(starts["x"]) in (3, 4) and all(
+        9 <= start and start + 1 <= 13 + 1 / 32 for start in starts["x"]
+    )
+    assert {label: min(starts[label]) < 1 for label in "yz"} == {"y": True, "z": True}
