@@ -27,6 +27,7 @@ from damaged_clips import (
 )
 from loaders_media import remuxed, write_shards
 
+import train
 from loaders import build_loader
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig, VideoConfig
@@ -595,6 +596,36 @@ def test_too_many_bad_clips_stop_the_run_and_name_the_worst_shard(tmp_path, back
     assert "most are in train-slot00-000001.tar (3), train-slot00-000000.tar (1)" in message
     batches, bad = read_epoch(tmp_path, backend, **small, max_bad_fraction=0.04)
     assert len(batches) == 12 and bad == {"decode-error": 4}
+
+
+def test_training_stops_over_the_budget_and_lists_every_bad_clip(tmp_path, backend, monkeypatch, capsys):
+    # The run's real entry; clips_seen is 100, which the budget is judged on, after the tenth batch.
+    shards, run_dir = tmp_path / "shards", tmp_path / "run"
+    write_shards(shards, [60, 60], num_slots=1)
+    damaged = {0: (7, 35), 1: (11, 12, 31)}
+    keys = {}
+    for index, positions in damaged.items():
+        with edit_shard(shards / f"train-slot00-{index:06d}.tar") as shard:
+            for position in positions:
+                shard.put(position, "mp4", b"garbage")
+                keys[shard.info(position)["key"]] = shard.path.name
+    options = (
+        f"demo --run-dir {run_dir} --loader.shards {shards} --loader.backend {backend} --loader.num-workers 1 "
+        "--loader.global-batch-size 10 --loader.no-shuffle --loader.max-bad-fraction 0.01 "
+        "--loader.video.num-frames 2 --loader.video.short-side 36 --loader.video.crop-size 32 --cpu-threads 1 "
+        "--model.video.widths 8 8 --model.video.blocks 1 1 --model.audio.widths 8 8 --model.audio.blocks 1 1 "
+        "--model.filter-channels 8 --model.embedding-dim 8 --model.queue-length 20 --log-every 1 --max-steps 40"
+    )
+    monkeypatch.setattr("sys.argv", ["train.py", *options.split()])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == 1
+    message = capsys.readouterr().err
+    assert "5 of 100 clips are bad (decode-error 5), expected at most 1.00%" in message
+    assert "most are in train-slot00-000001.tar (3), train-slot00-000000.tar (2)" in message
+    lines = [json.loads(line) for line in (run_dir / "bad_clips.jsonl").read_text().splitlines()]
+    assert {line["key"]: line["shard"] for line in lines} == keys and len(lines) == 5
+    assert {line["reason"] for line in lines} == {"decode-error"} and max(line["step"] for line in lines) == 9
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to measure memory")
