@@ -531,3 +531,19 @@ def test_clips_of_audioset_lie_in_the_annotated_segments(tmp_path: Path) -> None
         9 <= start and start + 1 <= 13 + 1 / 32 for start in starts["x"]
     )
     assert {label: min(starts[label]) < 1 for label in "yz"} == {"y": True, "z": True}
+
+
+def test_files_that_downloaders_left_are_found(real_data: Path, tmp_path: Path) -> None:
+    rows = [
+        ("00W1lcxW-WU", 40, "audioset_vggsound/00W1lcxW-WU_40.000.mp4"),
+        ("-1pRmoJIGQc", 10, "vggsound/-1pRmoJIGQc_10000_20000.mp4"),
+        ("-26aVYRtEAc", 30, "vggsound/-26aVYRtEAc_000030.mp4"),
+        ("6zlMP_kQ_-w", 30, "vggsound/6zlMP_kQ_-w_30000_40000.mp4"),
+        ("R6llTwEh07w", 5, "kinetics/R6llTwEh07w.mp4"),
+    ]
+    text = "".join(f'{video_id}, {start}.000, {start + 10}.000, "/m/09x0r"\n' for video_id, start, _ in rows)
+    (tmp_path / "a.csv").write_text(AUDIOSET.partition("--PJ")[0] + text)
+    videos = videos_of_csv(str(real_data / "av_videos"), str(tmp_path / "a.csv"), "train")
+    assert {video.video_id: video.window for video in videos if video.path} == {
+        name: (5.0, 15.0) if name == rows[-1][2] else None for *_, name in rows
+    }
