@@ -7,6 +7,9 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
 	2>/dev/null && echo $$python && break; done)
 INSTALL := VENV="$(VENV)" PIP_OPTIONS=-q deploy/install.sh
 
+# Processes that run tests side by side; each takes up to 4 GB. 0: this one.
+WORKERS ?= 2
+
 export VIDEOS
 
 .PHONY: help install demo test bench clean
@@ -15,7 +18,7 @@ help:
 	@echo "make demo                  generate a world of sounding objects, pretrain on it, write runs/demo/report.html"
 	@echo "make demo VIDEOS=FOLDER    the same on your own videos"
 	@echo "make install               only set up .venv"
-	@echo "make test                  run the tests (TESTS='-k queue' picks some)"
+	@echo "make test                  run the tests, two at a time (TESTS='-k queue' picks some, WORKERS=1)"
 	@echo "make bench                 loaders, shard making and training step beside what else could do it (25 minutes)"
 	@echo "make clean                 remove runs/demo* and the virtual environment"
 
@@ -25,7 +28,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python tools/demo.py $(if $(VIDEOS),--videos "$$VIDEOS") $(DEMO)
 
 test: $(VENV)/.installed-tests
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/make_shards.py
