@@ -594,9 +594,8 @@ def _signals_held() -> Iterator[None]:
 
 def _start_worker(worker: int) -> None:
     """Runs first in each worker: one thread for torch, and a watch on the training process."""
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, STOP_SIGNALS
-    )  # the fork server may be older than `_signals_held`
+    # The fork server may be older than `_signals_held`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)
     # torch's own watchdog looks at the parent process: here the fork server, which lives as long as they do.
     threading.Thread(target=_exit_with_parent, daemon=True, name="loader-parent-watch").start()

@@ -1,8 +1,8 @@
 """An S3 server on loopback, in a process of its own: python s3_server.py PORT COPY [NUM_GETS]
 
 moto keeps everything in memory. So a server that comes back after it was killed is filled from COPY, a folder with a
-folder for each bucket, before it listens on PORT; it prints a line when it does. With NUM_GETS it kills itself by SIGKILL
-in the middle of sending the tar that is asked for as that one.
+folder for each bucket, before it listens on PORT; it prints a line when it does. With NUM_GETS it kills itself by
+SIGKILL in the middle of sending the tar that is asked for as that one.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Shards from a URL: each is brought once, checked, kept within the limit, and read while and after it is deleted."""
 
 import errno
+import itertools
 import logging
 import multiprocessing
 import os
@@ -472,6 +473,9 @@ def test_failures_of_a_local_read_are_tried_again_before_they_cost_a_clip(folder
     with caplog.at_level(logging.WARNING):
         assert shards.read((0,), 0, 0, 1) == expected
     assert len(caplog.records) == 3 and NAMES[0] in caplog.text
+    assert len(handles) == 4 and all(
+        a != b for a, b in itertools.pairwise(handles)
+    )  # the file is opened anew
     failures = iter([errno.EIO] * 4)
     with pytest.raises(BadClip) as caught:
         shards.read((0,), 0, 0, 1)

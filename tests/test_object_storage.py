@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_servers import FaultyServer
+from loaders_media import write_shards
 
 import cmac
+import train
 from shards import storage
 from shards.check import check_shards
 from shards.manifest import read_manifest
@@ -40,7 +43,7 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def s3(port, tmp_path_factory) -> Iterator[Start]:
-    """start(num_gets=0) -> process of a server on `port`, filled from `start.copy`; AWS's variables lead there."""
+    """start(num_gets=0) -> process of a server on `port`, filled from `start.copy`. AWS's variables lead there."""
     copy = tmp_path_factory.mktemp("s3") / "copy"
     (copy / "bucket").mkdir(parents=True)
     servers: list[subprocess.Popen] = []
@@ -102,6 +105,24 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return cmac.load_checkpoint(run_dir)[0].state_dict()
 
 
+def test_a_source_that_stays_down_ends_the_run_in_one_line_with_shard_and_url(tmp_path, monkeypatch, capsys):
+    write_shards(tmp_path / "shards", [4, 4], num_slots=1)
+    with FaultyServer(tmp_path / "shards") as server:
+        server.fail("train-slot00-000001.tar", *["503"] * 1000)  # answers what it has, not what is in it
+        command = train_command(
+            server.url, tmp_path / "run", "--loader.cache-dir", str(tmp_path / "cache"), "--loader.num-workers", "0",
+            "--loader.no-shuffle", "--loader.source-retry-seconds", "0.5",
+        )  # fmt: skip
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with pytest.raises(SystemExit) as ended:
+            train.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"train.py: cannot read {server.url}/train-slot00-000001.tar: ") and "503" in last
+
+
 def train_command(shards: str, run_dir: Path, *more: str) -> list[str]:
     small = (
         "--epochs 2 --log-every 1 --device cpu --cpu-threads 1 --loader.backend portable --loader.num-workers 2 "
@@ -133,8 +154,9 @@ def test_training_from_s3_outlives_the_server_and_ends_with_the_weights_of_a_loc
         storage.download(f"s3://bucket/shards/{name}", local / name, retry=FAST)
     assert check_shards(local).problems == []
     subprocess.run(
-        train_command(str(local), tmp_path / "local"), cwd=ROOT, check=True, capture_output=True, timeout=240
-    )
+        train_command(str(local), tmp_path / "local", "--loader.num-workers", "0"),
+        cwd=ROOT, check=True, capture_output=True, timeout=240,
+    )  # fmt: skip
 
     server.kill()
     server.wait()
