@@ -41,6 +41,7 @@ SHA256_FIELD = "sha256"  # metadata of the objects that `upload` writes
 # Object stores show a file when all of it is there; elsewhere it gets another name first.
 ATOMIC_PROTOCOLS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "memory"}
 READ_ONLY_PROTOCOLS = {"http", "https"}
+S3_PROTOCOLS = {"s3", "s3a"}
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package
 
 TRANSIENT_ERRNOS = {
@@ -314,7 +315,7 @@ def checksum(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> str |
     try:
         if path is not None:
             return _retried("read", location, retry, lambda: _sha256(path))
-        if _protocol(location) in ("s3", "s3a"):
+        if _protocol(location) in S3_PROTOCOLS:
             known = _retried(
                 "look at", location, retry, lambda: _call(location, "metadata", retry.stall_seconds)
             )
@@ -590,7 +591,7 @@ def _get(location: str, target: Path, stall_seconds: float, stop: threading.Even
         shutil.copyfile(source, target)
         return
     # In sequence, so that what came is the file's beginning.
-    options = {"max_concurrency": 1} if _protocol(location) in ("s3", "s3a") else {}
+    options = {"max_concurrency": 1} if _protocol(location) in S3_PROTOCOLS else {}
     _call(location, "get_file", stall_seconds, os.fspath(target), watched=True, stop=stop, **options)
 
 
@@ -599,7 +600,7 @@ def _put(source: Path, location: str, sha256: str | None, stall_seconds: float) 
     _check_writable(location)
     protocol = _protocol(location)
     options: dict[str, Any] = {}
-    if protocol in ("s3", "s3a") and sha256 is not None:
+    if protocol in S3_PROTOCOLS and sha256 is not None:
         options["Metadata"] = {SHA256_FIELD: sha256}
     limit = stall_seconds * (1 + source.stat().st_size / UPLOAD_BYTES)
     if protocol in ATOMIC_PROTOCOLS:
@@ -682,22 +683,29 @@ def _file_system(location: str, stall_seconds: float) -> tuple[Any, str]:
     from fsspec.config import conf
 
     protocol = _protocol(location)
+    kinds = next((kinds for kinds in (READ_ONLY_PROTOCOLS, S3_PROTOCOLS) if protocol in kinds), {protocol})
+
+    def given(option: str) -> dict[str, Any]:
+        """What the user's configuration of fsspec has for an option, which options here would hide."""
+        return {
+            key: value for kind in sorted(kinds) for key, value in conf.get(kind, {}).get(option, {}).items()
+        }
+
     options: dict[str, Any] = {"use_listings_cache": False}  # others write there, too
     if protocol in READ_ONLY_PROTOCOLS:
         import aiohttp
 
-        given = conf.get(protocol, {})
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_seconds, sock_read=stall_seconds)
-        options["client_kwargs"] = {"timeout": timeout, **given.get("client_kwargs", {})}
+        options["client_kwargs"] = {"timeout": timeout, **given("client_kwargs")}
         # Sizes and ranges are those of the file, not of a compressed copy.
-        options["headers"] = {"Accept-Encoding": "identity", **given.get("headers", {})}
-    elif protocol in ("s3", "s3a"):
+        options["headers"] = {"Accept-Encoding": "identity", **given("headers")}
+    elif protocol in S3_PROTOCOLS:
         # The retries here are the only ones: those of the client say nothing and know no limit of time.
         options["config_kwargs"] = {
             "retries": {"total_max_attempts": 1},
             "connect_timeout": stall_seconds,
             "read_timeout": stall_seconds,
-            **conf.get(protocol, {}).get("config_kwargs", {}),
+            **given("config_kwargs"),
         }
     try:
         file_system = fsspec.filesystem(protocol, **options)
@@ -707,7 +715,7 @@ def _file_system(location: str, stall_seconds: float) -> tuple[Any, str]:
         raise ValueError(f"{location} needs a library that is not installed: {needed}") from error
     except ValueError as error:
         raise ValueError(f"{location} cannot be opened: {error}") from error
-    if protocol in ("s3", "s3a"):
+    if protocol in S3_PROTOCOLS:
         file_system.retries = 1
     return file_system, file_system._strip_protocol(location)
 

@@ -26,6 +26,7 @@ class FaultyServer:
         """Bytes after which any body is cut."""
         self.requests: list[tuple[str, str, str | None]] = []
         """(method, name, Range header)."""
+        self.authorizations: list[str | None] = []
         self.faults: dict[str, deque[str]] = {}
         self.always: dict[str, str] = {}
         self.ended = threading.Event()
@@ -64,6 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         fake, name = self.fake, unquote(urlsplit(self.path).path.lstrip("/"))
         wanted = self.headers.get("Range")
         fake.requests.append((self.command, name, wanted))
+        fake.authorizations.append(self.headers.get("Authorization"))
         waiting = fake.faults.get(name)
         fault = fake.always.get(name, "") or (waiting.popleft() if waiting and body else "")
         path = fake.folder / name

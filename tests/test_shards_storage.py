@@ -214,6 +214,14 @@ def test_names_are_quoted_for_http_and_come_back_from_its_index(server):
     assert storage.join("https://host/dir?signature=1", "a b", "c") == "https://host/dir/a%20b/c?signature=1"
 
 
+def test_the_users_configuration_of_fsspec_counts(server, monkeypatch):
+    from fsspec.config import conf
+
+    monkeypatch.setitem(conf, "http", {"headers": {"Authorization": "Bearer me"}})
+    assert storage.read_bytes(f"{server.url}/file", FAST) == DATA
+    assert server.authorizations == ["Bearer me"]
+
+
 def test_an_upload_of_what_is_there_sends_nothing(tmp_path, monkeypatch):
     (tmp_path / "local").write_bytes(DATA)
     location = f"memory://{tmp_path.name}/sent"
