@@ -109,14 +109,14 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             file.write("processes below it:\n")
-            for process in _descendants(os.getpid()):
+            for process in descendants(os.getpid()):
                 asked = _ask_for_stacks(process)
                 file.write(f"  {_describe(process)}{', asked for its stacks on stderr' if asked else ''}\n")
             file.write("\n")
         self._closed.wait(_ANSWER_SECONDS)
 
 
-def _descendants(parent: int) -> list[int]:
+def descendants(parent: int) -> list[int]:
     """Ids of all processes below one, by /proc; empty where there is none."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 import cmac
 import train
 from cmac.checkpoint import list_checkpoints
+from cmac.watchdog import descendants
 from tools import make_shards, make_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,15 +28,18 @@ SMALL = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    """Sixteen generated videos as shards."""
-    folder = tmp_path_factory.mktemp("train")
+def make_sixteen_videos(folder: Path) -> Path:
+    """Shards of sixteen generated videos."""
     world = ["--train-videos", "16", "--test-videos", "2", "--train-seconds", "4", "--workers", "2"]
     assert make_world.main(["--out", str(folder / "world"), *world]) == 0
     out = ["--out", str(folder / "shards"), "--max-clips", "3", "--videos-per-shard", "5", "--workers", "2"]
     assert make_shards.main(["--videos", str(folder / "world/train"), *out, "--preset", "ultrafast"]) == 0
     return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return make_sixteen_videos(tmp_path_factory.mktemp("train"))
 
 
 def command(shards: Path, run_dir: Path, *more: str, processes: int = 0) -> list[str]:
@@ -77,44 +83,115 @@ def test_loss_falls_on_a_few_synthetic_clips(shards, tmp_path):
     assert (model.queue_v.video_ids >= 0).all()
 
 
-def test_killed_run_ends_where_an_unbroken_one_does(shards, tmp_path):
-    """SIGKILL in the middle, the same command again: weights and queues bit for bit, rows once each."""
-    options = ["--max-steps", "24", "--checkpoint-every", "5"]
-    run(shards, tmp_path / "whole", *options)
-    started = subprocess.Popen(
-        command(shards, tmp_path / "run", *options),
+@contextmanager
+def started(*arguments: object, ignoring: str = "", **options: object) -> Iterator[subprocess.Popen]:
+    """A run; all its processes are gone in the end. ignoring: a signal that the launcher is deaf to."""
+    line = command(*arguments, **options)
+    if ignoring:
+        line = ["sh", "-c", f"trap '' {ignoring}; exec \"$@\"", "sh", *line]
+    with subprocess.Popen(
+        line,
         cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(tmp_path / "run/checkpoints") and started.poll() is None:
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            for pid in (*descendants(process.pid), process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def signal_all(process: subprocess.Popen, number: int) -> None:
+    """To the launcher, ranks, fork servers and data workers, as Slurm does. torchrun gives ranks sessions of their own,
+    so a signal to the group would reach none of them."""
+    for pid in (process.pid, *descendants(process.pid)):
+        os.kill(pid, number)
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """Until that step is in the log."""
+    deadline = time.monotonic() + 200
+    log = run_dir / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= step):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.02)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+
+
+def saved_step(run_dir: Path) -> int:
+    return int(list_checkpoints(run_dir / "checkpoints")[-1].stem.removeprefix("step_"))
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    first, second = (cmac.load_checkpoint(run_dir)[0].state_dict() for run_dir in (one, other))
+    for name, value in first.items():
+        # Batch-norm statistics are each rank's own, and the checkpoint holds the first rank's.
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_stopped_run_ends_where_an_unbroken_one_does(shards, tmp_path):
+    """SIGTERM to all its processes, then the same command again."""
+    options = ["--max-steps", "24", "--checkpoint-every", "100"]
+    run(shards, tmp_path / "whole", *options)
+    with started(shards, tmp_path / "run", *options) as process:
+        wait_for_step(process, tmp_path / "run", 3)
+        signal_all(process, signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+    step = saved_step(tmp_path / "run")
+    assert 3 <= step < 24 and f"step {step} of 24 is saved; the same command goes on from there" in out
+    assert "SIGTERM: the run stops" in out and "Traceback" not in err
     run(shards, tmp_path / "run", *options)
-    whole, resumed = (cmac.load_checkpoint(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
+    assert_same_model(tmp_path / "whole", tmp_path / "run")
     losses = [[(row["step"], row["loss"]) for row in rows(tmp_path / name)] for name in ("whole", "run")]
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("moment", ["importing", "building"])
+def test_a_signal_before_the_first_step_ends_the_start_without_harm(shards, tmp_path, moment):
+    with started(shards, tmp_path / "run", "--max-steps", "5000") as process:
+        if moment == "importing":
+            status = Path(f"/proc/{process.pid}/status")
+            while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+                time.sleep(0.01)
+        else:
+            assert "compute.batch_norm" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0 and "Traceback" not in err, err
+    if moment == "importing":
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_two_ranks_train_on_uneven_shards_and_resume_exactly(shards, tmp_path):
-    """Sixteen videos in shards of five, five, five and one; at last the run goes on with one rank."""
+    """Sixteen videos in shards of five, five, five and one; stopped twice, and at last one rank goes on."""
     options = ("--model.batch-norm", "shuffle", "--optimizer.schedule", "constant")
-    run(shards, tmp_path / "whole", "--max-steps", "5", *options, processes=2)
-    assert [row["step"] for row in rows(tmp_path / "whole")] == [1, 2, 3, 4, 5]
-    for steps in ("3", "5"):
-        run(shards, tmp_path / "run", "--max-steps", steps, *options, processes=2)
-    whole, resumed = (cmac.load_checkpoint(tmp_path / name)[0].state_dict() for name in ("whole", "run"))
-    for name, value in whole.items():
-        # Batch-norm statistics are each rank's own, and the checkpoint holds the first rank's.
-        assert torch.equal(value, resumed[name]), name
-    result = run(shards, tmp_path / "run", "--max-steps", "7", *options)
-    assert "at step 5" in result.stdout
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+    folder, endless = tmp_path / "run", ("--max-steps", "2000")
+    with started(shards, folder, *options, *endless, processes=2, ignoring="USR1") as process:
+        wait_for_step(process, folder, 2)
+        signal_all(process, signal.SIGUSR1)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+    first = saved_step(folder)
+    assert first >= 2 and "SIGUSR1: the run stops" in out
+    with started(shards, folder, *options, *endless, processes=2) as process:
+        wait_for_step(process, folder, first + 2)
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on and then says that it was killed
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 1 and "SignalException" in err
+    second = saved_step(folder)
+    assert second >= first + 2 and f"step {second} of 2000 is saved" in out
+    run(shards, folder, "--max-steps", str(second + 2), *options, processes=2)
+    run(shards, tmp_path / "whole", "--max-steps", str(second + 2), *options, processes=2)
+    assert_same_model(tmp_path / "whole", folder)
+    assert [row["step"] for row in rows(folder)] == list(range(1, second + 3))
+    result = run(shards, folder, "--max-steps", str(second + 4), *options)
+    assert f"at step {second + 2}" in result.stdout and "ranks: 2 -> 1" in result.stdout
+    assert [row["step"] for row in rows(folder)] == list(range(1, second + 5))
 
 
 def test_a_rank_that_fails_ends_all(shards, tmp_path):
@@ -137,6 +214,9 @@ def test_a_rank_that_fails_ends_all(shards, tmp_path):
     )
     assert result.returncode != 0
     assert "clips are bad" in result.stderr and "check_shards" in result.stderr
+    # What was trained so far is kept, and nobody's traceback hides the reason.
+    assert saved_step(tmp_path / "run") == len(rows(tmp_path / "run")) > 0
+    assert 'train.py", line' not in result.stderr
 
 
 def test_two_clips_per_video_train_within_modal_positives(shards, tmp_path):
@@ -163,6 +243,7 @@ def test_two_clips_per_video_train_within_modal_positives(shards, tmp_path):
         (["demo", "--loader.global-batch-size", "0"], "loader.global_batch_size is 0, expected at least 1"),
         (["demo", "--loader.globl-batch-size", "8"], "--loader.global-batch-size"),
         (["demo", "--model.batch-norm", "syncc"], "sync"),
+        (["demo", "--nonfinite", "ignore"], "ignore"),
         (["demo", "--cpu-threads", "-1"], "cpu_threads is -1, expected at least 0"),
     ],
 )
