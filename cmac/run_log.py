@@ -222,22 +222,17 @@ class _Rows:
     def __init__(self, path: Path, start_step: int) -> None:
         keep_rows_up_to(path, start_step)
         self._path = path
-        self._whole: int | None = None  # bytes of whole rows, while there may be part of one behind them
 
     def write(self, row: Row) -> None:
         line = (json.dumps(row) + "\n").encode()
+        size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with open(self._path, "ab") as file:
-                if self._whole is not None:
-                    file.truncate(self._whole)
-                self._whole = file.seek(0, os.SEEK_END)
                 file.write(line)
         except OSError:
-            if self._whole is not None:
-                with contextlib.suppress(OSError):  # then the next row begins with it
-                    os.truncate(self._path, self._whole)
+            with contextlib.suppress(OSError):  # which would be told by what is raised
+                os.truncate(self._path, size)
             raise
-        self._whole = None
 
 
 class _TensorBoard:

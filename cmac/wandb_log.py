@@ -19,10 +19,9 @@ def check_wandb(project: str) -> None:
     """Raises ValueError if a project is named and Weights & Biases is not installed."""
     if not project:
         return
+    # A folder of that name, which W&B itself makes where it is run, is found as well, but has no origin.
     found = importlib.util.find_spec("wandb")
-    if (
-        found is None or found.origin is None
-    ):  # without origin it is a folder of that name, which `wandb` itself makes
+    if found is None or found.origin is None:
         raise ValueError(
             f"wandb_project is {project!r}, but Weights & Biases is not installed; pip install cmac[wandb], or leave "
             "wandb_project out"
