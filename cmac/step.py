@@ -66,8 +66,10 @@ class TrainingStep:
         if channels_last:
             use_channels_last(model)
         if self.compute.compile:
+            from torch._functorch import config as compiler_config  # not there with torch alone
+
             # Measuring gradients runs a graph backward more than once, so its tensors must not be written over.
-            torch._functorch.config.donated_buffer = False
+            compiler_config.donated_buffer = False
             for branch in (model.video, model.audio, model.key_video, model.key_audio):
                 branch.encoder.compile(dynamic=False)
         self.model = model.train()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
+from torch._functorch import config as compiler_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmac.attention import AttentionConfig
@@ -267,7 +268,7 @@ def test_compiled_encoders_take_the_same_steps(monkeypatch):
         compile_module(module, backend="aot_eager", fullgraph=True, **options)
 
     monkeypatch.setattr(nn.Module, "compile", trace)
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    monkeypatch.setattr(compiler_config, "donated_buffer", True)
     trainer = build(ComputeConfig(compile=True))
     assert len(compiled) == 4 and "video.encoder.stem.0.weight" in trainer.model.state_dict()
     measured = []  # in the last step: a backward compiled for graphs that are kept takes all others as well
