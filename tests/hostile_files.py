@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 IN_ACCESS, IN_OPEN = 0x1, 0x20
@@ -76,16 +76,21 @@ class Watched:
     """A whole video with sound: who follows a reference to it gets clips."""
     listener: Listener
     files: FileWatch
-    seen: list[str] = field(default_factory=list)
+
+    def touches(self) -> list[str]:
+        """What happened to the secret since the last call."""
+        seen = []
+        if events := self.files.count():
+            seen.append(f"the canary was opened or read ({events} events)")
+        if self.listener.connections:
+            seen.append(f"{self.listener.connections} connections")
+            self.listener.connections = 0
+        return seen
 
     def check(self, what: object) -> None:
         """Fails if the secret was touched since the last check."""
-        if events := self.files.count():
-            self.seen.append(f"{what}: the canary was opened or read ({events} events)")
-        if self.listener.connections:
-            self.seen.append(f"{what}: {self.listener.connections} connections")
-            self.listener.connections = 0
-        assert not self.seen, self.seen
+        seen = self.touches()
+        assert not seen, f"{what}: {seen}"
 
 
 @contextmanager

@@ -44,6 +44,10 @@ SUFFIXES = (".mp4", ".mkv", ".avi", ".wav", ".m3u8", ".jpg")
 FAST = SliceSettings(preset="ultrafast", max_clips=2, silence_dbfs=-120)
 
 
+def program(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
 def slice_file(path: Path, limits: SourceLimits | None = None) -> SlicedVideo:
     return slice_video(str(path), path.name, 0, FAST, find_ffmpeg(), 60, limits=limits)
 
@@ -56,13 +60,18 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture
+def secret(hostile_folder: Watched) -> Watched:
+    """The folder of hostile files; what earlier tests did to the canary is forgotten."""
+    hostile_folder.touches()
+    return hostile_folder
+
+
 @pytest.fixture(scope="module")
-def secret(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def hostile_folder(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A folder of hostile files, beside the canary that they want."""
     folder = tmp_path_factory.mktemp("hostile")
-    canary = folder / "canary.ts"
-    # Not one of the suffixes that a folder is searched for.
-    canary = canary.rename(folder / "canary.secret") if canary.exists() else folder / "canary.secret"
+    canary = folder / "canary.secret"  # not one of the suffixes that a folder is searched for
     canary.write_bytes(good.read_bytes())
     with watched(folder, canary) as secret:
         for name, data in attacks(
@@ -105,7 +114,6 @@ def test_without_guards_libav_does_what_such_a_file_asks(name: str, touches: str
         next(container.demux(), None)
     with pytest.raises(AssertionError, match=touches):
         secret.check(name)
-    secret.seen.clear()
 
 
 # --- nothing but the given file is opened ------------------------------------------------------------------------
@@ -225,27 +233,22 @@ def test_make_shards_skips_each_hostile_file_with_a_reason_and_keeps_the_rest(
     assert all(row.reason for name, row in rows.items() if row.status == "skipped")
 
 
-def test_names_that_libav_takes_for_more_than_a_name_are_names(good: Path, tmp_path: Path) -> None:
+def test_names_that_libav_takes_for_more_than_a_name_are_names(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [
         "concat:good.mp4|good.mp4", "subfile,,start,0,end,0,,:good.mp4", "data:text,a", "crypto:good.mp4", "pipe:0",
         "fd:", "-y", "a%03d.mp4", "a[0-9]*.mp4", "async:cache:file:good.mp4", "tee:a|b", "unix:good", "http:a",
     ]  # fmt: skip
     plain = probe_video(str(good))
-    for name in names:
+    for name in ("good.mp4", "a001.mp4"):
         (tmp_path / name).write_bytes(good.read_bytes())
-        assert probe_video(str(tmp_path / name)) == plain, name
-    (tmp_path / "good.mp4").write_bytes(good.read_bytes())
-    (tmp_path / "a001.mp4").write_bytes(good.read_bytes())
-    before = os.getcwd()
-    os.chdir(tmp_path)
-    try:
-        for name in names:
-            os.unlink(name)
-            # By its bare name, as from a list beside it.
-            with pytest.raises(Unusable, match="undecodable"):
-                probe_video(name)
-    finally:
-        os.chdir(before)
+    monkeypatch.chdir(tmp_path)
+    for name in names:  # bare, as in a list beside them
+        with pytest.raises(Unusable, match="undecodable"):
+            probe_video(name)
+        (tmp_path / name).write_bytes(good.read_bytes())
+        assert probe_video(name) == plain, name
 
 
 # --- what is no file ---------------------------------------------------------------------------------------------
@@ -436,12 +439,12 @@ def test_times_that_are_years_apart_are_refused(options: dict[str, str], tmp_pat
 def late_sound(path: Path, late: float) -> Path:
     """A video whose sound starts after so many seconds, of which only the first and the last have pictures."""
     with av.open(str(path), "w") as container:
-        picture = container.add_stream("mpeg4", rate=25)
-        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+        picture = container.add_stream("mjpeg", rate=25)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
         sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         for start in (0.0, late):
             for number in range(40):
-                frame = av.VideoFrame(64, 48, "yuv420p")
+                frame = av.VideoFrame.from_ndarray(np.zeros((72, 64), np.uint8), format="yuvj420p")
                 frame.pts, frame.time_base = round(start * 25) + number, Fraction(1, 25)
                 container.mux(picture.encode(frame))
         container.mux(picture.encode(None))
@@ -470,9 +473,15 @@ def test_sound_that_starts_late_takes_no_disk_for_what_is_not_there(
     assert slice_file(late_sound(tmp_path / "later.mkv", 40 * 3600.0)).reason == "too-long"
 
 
-def test_ffmpeg_gets_no_more_memory_than_allowed(good: Path) -> None:
-    assert slice_file(good, SourceLimits(max_memory_bytes=2**28)).reason == "memory"
-    assert slice_file(good).clips
+def test_ffmpeg_gets_no_more_memory_than_allowed(good: Path, tmp_path: Path) -> None:
+    for size, fails in ((2**27, False), (2**30, True)):
+        finished = run_ffmpeg(program(f"bytearray({size})"), tmp_path, 60, max_memory_bytes=2**29)
+        assert (finished.return_code != 0) == fails, finished.errors
+    # What ffmpeg says when an encoder gets none.
+    failing = tmp_path / "ffmpeg"
+    failing.write_text("#!/bin/sh\necho 'x264 [error]: malloc of size 98368 failed' >&2\nexit 187\n")
+    failing.chmod(0o755)
+    assert slice_video(str(good), "a", 0, FAST, str(failing), 60).reason == "memory"
 
 
 def test_memory_is_bounded_inside_and_free_again_outside() -> None:
@@ -493,10 +502,6 @@ def test_what_takes_more_memory_than_allowed_to_probe_is_left_out(
     assert slice_file(good, SourceLimits(max_memory_bytes=2**28)).reason == "memory"
 
 
-def program(text: str) -> list[str]:
-    return [sys.executable, "-c", text]
-
-
 def test_a_program_that_writes_a_large_file_is_killed(tmp_path: Path) -> None:
     finished = run_ffmpeg(
         program("open('a', 'wb').write(bytes(10**7)); open('end', 'w')"), tmp_path, 60, max_file_bytes=10**6
@@ -508,7 +513,7 @@ def test_a_program_that_writes_a_large_file_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_program_that_prints_without_end_takes_no_memory_and_is_killed_in_time(tmp_path: Path) -> None:
-    with bounded_memory(2**28), pytest.raises(FfmpegTimeout):
+    with bounded_memory(2**24), pytest.raises(FfmpegTimeout):
         run_ffmpeg(program("import sys\nwhile True: sys.stderr.write('x' * 2**20)"), tmp_path, 3)
     finished = run_ffmpeg(program("import sys; sys.stderr.write('x' * 2**20 + 'the end')"), tmp_path, 60)
     assert len(finished.errors) == 4000 and finished.errors.endswith("the end")
@@ -579,10 +584,17 @@ NEVER = {
 }  # fmt: skip
 
 
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a name; what stands before the last dots may be anything."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+            yield dotted(node.func), node
 
 
 def test_the_code_has_no_shell_no_unpickling_and_no_unguarded_opening() -> None:
@@ -596,11 +608,11 @@ def test_the_code_has_no_shell_no_unpickling_and_no_unguarded_opening() -> None:
     for path in paths:
         name = path.relative_to(ROOT).as_posix()
         for called, node in calls(ast.parse(path.read_text(encoding="utf-8"))):
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
             bad = called in NEVER or called.endswith((".extractall", ".extract"))
-            bad |= given.get("shell", "False") != "False"
-            bad |= called == "torch.load" and given.get("weights_only") != "True"
-            bad |= called == "np.load" and given.get("allow_pickle") != "False"
+            bad |= given.get("shell", False) is not False
+            bad |= called == "torch.load" and given.get("weights_only") is not True
+            bad |= called == "np.load" and given.get("allow_pickle") is not False
             bad |= called in ("av.open", "Image.open", "tarfile.open") and called not in OPENS_ITS_OWN.get(
                 name, ()
             )
