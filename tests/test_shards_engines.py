@@ -264,9 +264,9 @@ def test_ray_and_ray_with_workers_killed_give_the_bytes_of_local_on_real_videos(
 # Slurm.
 
 
-def slurm(chunk: int = 4, **options: str) -> EngineConfig:
+def slurm(chunk: int = 6, **options: str) -> EngineConfig:
     """Slurm's place is taken by processes of this machine."""
-    options = {"cluster": "local", "cpus-per-task": "2", **options}
+    options = {"cluster": "local", "cpus-per-task": "1", **options}
     return EngineConfig(name="slurm", slurm_chunk=chunk, slurm_options=tuple(options.items()))
 
 
