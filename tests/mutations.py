@@ -617,9 +617,10 @@ def enclosing(data: bytes, offset: int) -> Iterator[int]:
     for _, start, end in boxes(data):
         if start < offset < end:
             yield start
-    start = data.find(b"avc1", data.find(b"stsd")) - 4  # it is a brand, too
-    if 0 <= start < offset < start + int.from_bytes(data[start : start + 4], "big"):
-        yield start
+    for name in (b"avc1", b"avcC"):
+        start = data.find(name, data.find(b"stsd")) - 4  # the first one is a brand, too
+        if 0 <= start < offset < start + int.from_bytes(data[start : start + 4], "big"):
+            yield start
 
 
 def inserted(data: bytes, offset: int, new: bytes) -> bytes:
@@ -652,25 +653,19 @@ def crafted_videos(whole: bytes) -> dict[str, bytes]:
         whole, configuration, struct.pack(">I4s", 8, b"free") * 500_000
     )
     videos["avcC of a megabyte"] = inserted(whole, configuration + 40, bytes(1_000_000))
-    # 1000 samples of one place, each of NAL units of one byte.
-    size = 500_000
-    units = b"\0\0\0\1\x65" * (size // 5)
-    start = len(whole) + 8
-    many = put(whole, table + 12, words(len(units)) + words(1000))
-    many = put(many, durations + 12, words(1) + words(1000))
-    many = put(many, runs + 12, words(1) + words(1) + words(1000) + words(1))
-    many = put(many, offsets + 16, words(start))
-    videos["a thousand samples, one after the other, of small units"] = (
-        many + struct.pack(">I4s", 8 + len(units), b"free") + units
-    )
-    chunks = 32
-    same = inserted(whole, found["stco"][1] - 1, words(0) * (chunks - 1))
-    same = put(same, offsets + 12, words(chunks) + words(start + 4 * (chunks - 1)) * chunks)
-    same = put(same, found["stsc"][0] + 12, words(1) + words(1) + words(1) + words(1))
-    same = put(same, same.index(b"stsz") - 4 + 12, words(len(units)) + words(32))
-    videos["32 samples of one place, of small units"] = (
-        same + struct.pack(">I4s", 8 + len(units), b"free") + units
-    )
+    # 32 and 1000 samples that all lie in the same place, which is full of units of one byte.
+    units = b"\0\0\0\1\x65" * 100_000
+    for count in (32, 1000):
+        extra = 4 * (count - 32)
+        same = inserted(whole, offsets + 17, words(0) * (count - 1))  # a chunk for each sample
+        same = put(same, offsets + 12, words(count) + words(len(whole) + 4 * (count - 1) + extra + 8) * count)
+        same = put(same, runs + 12, words(1) + words(1) + words(1) + words(1))
+        same = put(same, durations + 12, words(1) + words(count))
+        same = inserted(same, table + 21, bytes(extra))
+        same = put(same, table + 16, words(count) + words(len(units)) * count)
+        videos[f"{count} samples of one place, of small units"] = (
+            same + struct.pack(">I4s", 8 + len(units), b"free") + units
+        )
     for name, offset in (
         ("stsz", 16),
         ("stts", 12),

@@ -78,7 +78,7 @@ def broken_videos(sources: dict[str, bytes]) -> Iterator[tuple[str, str, bytes]]
         for number in range(4):
             yield f"a few bits/{number}", name, flipped(whole, rng, most=8)
         for number in range(2):
-            yield f"many bits/{number}", name, flipped(whole, rng, most=2000)
+            yield f"many bits/{number}", name, flipped(whole, rng, most=300)
         for number in range(4):
             yield f"bits of the beginning/{number}", name, flipped(whole, rng, 0, min(1000, size), most=6)
         for share in (0.02, 0.3, 0.6, 0.95):

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaders_media import SIZES, encode_video, picture, remuxed
+from mutations import crafted_videos
 
-from shards.mp4 import read_video_track
+from shards.mp4 import decode, open_decoder, read_video_track
 
 
 def demuxed(video: bytes) -> tuple[bytes, list[bytes]]:
@@ -21,13 +22,13 @@ def demuxed(video: bytes) -> tuple[bytes, list[bytes]]:
         return bytes(stream.codec_context.extradata), packets
 
 
-def encoded(codec: str, options: dict[str, str]) -> bytes:
+def encoded(codec: str, options: dict[str, str], size: int = 144, num_frames: int = 32) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=32, options=options)
-        stream.width, stream.height, stream.pix_fmt = 144, 144, "yuv420p"
-        for step in range(32):
-            frame = av.VideoFrame.from_ndarray(picture(144, 144, step), format="rgb24")
+        stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        for step in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(picture(size, size, step), format="rgb24")
             frame.pts, frame.time_base = step, Fraction(1, 32)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -113,3 +114,30 @@ def test_many_samples_cost_no_memory():
     struct.pack_into(">II", changed, table + 8, 1, 2_000_000)  # constant size 1
     struct.pack_into(">I4s", changed, len(video), 2_000_000, b"free")
     assert len(read_video_track(bytes(changed)).samples) == 1000
+
+
+def test_boxes_in_boxes_of_a_sample_description_are_not_followed():
+    # 60,000 deep: more than the interpreter's stack holds.
+    video = encode_video(144, 144)
+    crafted = crafted_videos(video)["60000 b'moov' boxes in avc1"]
+    assert read_video_track(crafted).extradata == read_video_track(video).extradata
+
+
+@pytest.mark.timeout(30)
+def test_samples_of_many_units_in_one_place_take_no_time():
+    # Half a megabyte that took 153 s.
+    with pytest.raises(ValueError, match="more than 256 NAL units"):
+        read_video_track(crafted_videos(encode_video(144, 144))["1000 samples of one place, of small units"])
+
+
+@pytest.mark.parametrize("name", ["a million empty boxes", "avcC of a megabyte"])
+def test_more_of_something_than_any_clip_has_is_an_error(name):
+    with pytest.raises(ValueError, match="expected at most|more than"):
+        read_video_track(crafted_videos(encode_video(144, 144))[name])
+
+
+def test_frames_larger_than_any_clip_are_not_decoded():
+    video = encoded("libx264", {"bf": "0"}, size=1040, num_frames=1)
+    track = read_video_track(video)
+    with pytest.raises(av.error.FFmpegError):
+        list(decode(open_decoder(track), video, track))

@@ -3,15 +3,19 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import tarfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import base_256, header, octal
 
 from shards.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from shards.reader import ShardReader
@@ -200,6 +204,22 @@ def test_flipped_bit_makes_one_bad_clip(suffix: str, shift: int, reason: str, sh
             assert reader.read(number).info == make_clip(number)[0]
 
 
+@contextmanager
+def edited_json(path: Path) -> Iterator[dict]:
+    """key.json of a shard of one clip, written back in place with spaces behind it."""
+    data = bytearray(path.read_bytes())
+    place, size = (
+        int(word) for word in path.with_suffix(".idx").read_text().split("json ")[1].split(" ")[:2]
+    )
+    record = json.loads(data[place : place + size])
+    yield record
+    new = json.dumps(record, separators=(",", ":")).encode()
+    # Shorter or equal, else the header would have to be changed too.
+    assert len(new) <= size, (len(new), size)
+    data[place : place + size] = new.ljust(size)
+    path.write_bytes(data)
+
+
 @given(position=st.integers(0, 10_000_000), mask=st.integers(1, 255))
 def test_no_flipped_byte_gives_wrong_data(
     position: int, mask: int, tmp_path_factory: pytest.TempPathFactory
@@ -267,6 +287,69 @@ def test_missing_member_is_a_bad_clip(shard: Path) -> None:
     lines[1] = " ".join(lines[1].split()[:4])
     index.write_text("\n".join(lines) + "\n")
     with ShardReader(shard) as reader, pytest.raises(BadClip, match="missing-member"):
+        reader.read(0)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(suffix: str, shard: Path) -> None:
+    path = shard.with_suffix(suffix)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a plain file"):
+        ShardReader(shard)
+
+
+def test_a_clip_that_its_index_spreads_over_the_tar_is_not_read(shard: Path) -> None:
+    # Else a sparse file of a terabyte would be read at once.
+    os.truncate(shard, 2**40)
+    index = shard.with_suffix(".idx")
+    rows = index.read_text().splitlines()
+    words = rows[2].split(" ")
+    words[9:11] = [str(2**39), "1000"]
+    index.write_text("\n".join([*rows[:2], " ".join(words), *rows[3:]]) + "\n")
+    with ShardReader(shard) as reader:
+        with pytest.raises(BadClip, match="stale-index"):
+            reader.read(1)
+        assert reader.read(2).info == make_clip(2)[0]
+
+
+def test_an_index_larger_than_its_tar_is_not_read(shard: Path) -> None:
+    os.truncate(shard.with_suffix(".idx"), 2**40)
+    with pytest.raises(ValueError, match="idx has 1099511627776 bytes, expected at most"):
+        ShardReader(shard)
+
+
+@pytest.mark.timeout(20)
+def test_sizes_below_zero_do_not_keep_the_check_busy(shard: Path) -> None:
+    # Python's tarfile goes back by them, for ever.
+    data = bytearray(shard.read_bytes())
+    data[:512] = header(b"x", base_256(-1024))
+    shard.write_bytes(data)
+    with ShardReader(shard) as reader:
+        assert reader.find_stray_bytes() is None  # each clip by its own header
+        with pytest.raises(BadClip, match="stale-index"):
+            reader.read(0)
+
+
+def test_link_in_place_of_a_member_is_a_bad_clip(shard: Path) -> None:
+    name = f"{make_clip(0)[0].key}.mp4".encode()
+    data = bytearray(shard.read_bytes())
+    data[:512] = header(name, octal(len(make_clip(0)[1])), b"2", link=b"/etc/passwd")
+    shard.write_bytes(data)
+    with ShardReader(shard) as reader, pytest.raises(BadClip, match="stale-index"):
+        reader.read(0)
+
+
+@pytest.mark.parametrize("field, value", [("video_number", 7), ("video_id", "another.mp4"), ("slot", 1)])
+def test_description_that_contradicts_itself_is_a_bad_clip(field: str, value: object, tmp_path: Path) -> None:
+    info, video, audio = make_clip(0)
+    with ShardWriter(tmp_path, "train", 0, 0) as writer:
+        writer.write(info, video, audio)
+    path = tmp_path / "train-slot00-000000.tar"
+    with edited_json(path) as record:
+        record[field] = value
+    with ShardReader(path) as reader, pytest.raises(BadClip, match="bad-json"):
         reader.read(0)
 
 
@@ -357,6 +440,53 @@ def test_manifest_survives_json(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest and read_manifest(tmp_path).digest == manifest.digest
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path) -> None:
+    entry = {"slot": 0, "index": 0, "num_clips": 1, "bytes": 5, "sha256": "11"}
+    for name in (
+        "../a.tar",
+        "/etc/passwd",
+        "a/b.tar",
+        "..",
+        "",
+        "http://x/a.tar",
+        "a.tar\n",
+        "\ud800.tar",
+        5,
+        ".a.tar",
+    ):
+        with pytest.raises(ValueError, match=r"manifest.json: shards\[0\].name is "):
+            read_edited_manifest(tmp_path, shards=[entry | {"name": name}])
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"num_slots": 10**12}, "num_slots is 1000000000000, expected 1 to 99"),
+        ({"num_slots": True}, "num_slots is True, expected a whole number"),
+        ({"seed": -1}, "seed is -1, expected a whole number"),
+        ({"num_bytes": 2**63}, "num_bytes is 9223372036854775808"),
+        ({"split": None}, "split is None, expected text"),
+        ({"settings": {"a": float("nan")}}, "is not JSON .NaN is no JSON"),
+        ({"settings": []}, "settings is .., expected an object"),
+        ({"shards": [{"name": "a.tar"}]}, "is not a manifest"),
+    ],
+)
+def test_fields_of_a_manifest_are_checked(fields: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"manifest.json.*{words}"):
+        read_edited_manifest(tmp_path, **fields)
+
+
+def read_edited_manifest(folder: Path, **fields: object) -> Manifest:
+    entry = ShardEntry(name="a.tar", slot=0, index=0, num_clips=4, bytes=5, sha256="11")
+    manifest = Manifest(
+        split="train", seed=3, num_slots=1, num_videos=4, num_clips=4, num_distinct_clips=4, num_bytes=5,
+        video_list_sha256="00", shards=(entry,),
+    )  # fmt: skip
+    record = json.loads(manifest.to_json()) | fields
+    (folder / "manifest.json").write_text(json.dumps(record))
+    return read_manifest(folder)
 
 
 @pytest.mark.parametrize(
