@@ -11,9 +11,10 @@ from loaders_media import assert_equal, take
 from loaders import build_loader
 from loaders.audio_ops import augment_log_mel, log_mel_spectrogram
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig
-from loaders.raw_index import index_videos
+from loaders.raw_index import index_files, index_videos
 from loaders.raw_video import RawVideoReader
 from loaders.video_ops import flip_frames
+from shards.sources import with_hashes
 from tools.make_synthetic_videos import make_flash_beep_video
 
 
@@ -130,3 +131,23 @@ def test_real_videos_train(config, real_data):
     batches = list(loader)
     assert len(batches) == 5 and sum(int(batch.valid.sum()) for batch in batches) >= 43
     assert all(torch.isfinite(batch.log_mel).all() for batch in batches)
+
+
+def test_clips_of_a_window_lie_inside_it(videos, tmp_path):
+    """As of an annotated segment of a longer file."""
+    path = make_flash_beep_video(tmp_path / "long.mp4", seconds=9, size=(64, 48))
+    whole, late = (
+        with_hashes([("long.mp4", str(path), None, start, end)])
+        for start, end in ((5.25, 7.75), (20.0, 24.0))
+    )
+    options = {"min_seconds": lambda video: 1.0, "workers": 0, "cache": tmp_path / "index.json"}
+    index = index_files(tmp_path, whole, **options)
+    reader = RawVideoReader(index)
+    starts = [reader.start_seconds(0, 0, epoch) for epoch in range(40)]
+    assert 5.25 <= min(starts) < 5.6 and 6.4 < max(starts) <= 6.75
+    assert reader.read(0, 6.75, short_side=36).frames.shape[0] == 32
+    assert index_files(tmp_path, late, **options, allow_none=True).skipped == (
+        ("long.mp4", "outside-window"),
+    )
+    cut = with_hashes([("long.mp4", str(path), None, 20.0, 28.5)])  # it is that segment already
+    assert index_files(tmp_path, cut, **options).videos[0].duration_seconds > 8.9
