@@ -8,7 +8,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote
@@ -79,7 +79,8 @@ def videos_of_folder(folder: str, leave_out: str | None = None) -> list[SourceVi
             f"{folder} has no video files ({', '.join(sorted(VIDEO_SUFFIXES))}), expected at least one; "
             f"check --videos, or name files of other suffixes with --list"
         )
-    return with_hashes((name, _location(folder, name), _folder_label(name)) for name in names)
+    location = _locations(folder)
+    return with_hashes((name, location(name), _folder_label(name)) for name in names)
 
 
 def videos_of_list(folder: str, list_path: str) -> tuple[list[SourceVideo], int]:
@@ -128,7 +129,7 @@ def _listed_file(folder: str, text: str) -> tuple[str, str | None]:
         return unquote(name) if quoted else name, text
     if _is_remote(folder):
         name = re.sub(r"^(\./+)+", "", text)
-        return name, _location(folder, name)
+        return name, storage.join(folder, name)
     path = os.path.join(_local(folder), text)  # an absolute path stays as it is
     name = os.path.relpath(path, _local(folder))
     if name.startswith(os.pardir + os.sep):
@@ -158,6 +159,7 @@ def videos_of_kinetics(
     by_stem: dict[str, list[str]] = {}
     for name in sorted(find_files(folder, leave_out), key=os.fsencode):
         by_stem.setdefault(os.path.splitext(os.path.basename(name))[0], []).append(name)
+    location = _locations(folder)
     videos: dict[str, tuple[str, str | None, str | None]] = {}
     for row in wanted:
         start, end = (_whole_seconds(row[column]) for column in ("time_start", "time_end"))
@@ -172,7 +174,7 @@ def videos_of_kinetics(
             continue
         folders = {row["label"], row["label"].replace(" ", "_")}
         name = min(candidates, key=lambda name: _kinetics_rank(name, folders, same))
-        videos.setdefault(name, (name, _location(folder, name), label))
+        videos.setdefault(name, (name, location(name), label))
     return with_hashes(videos[name] for name in sorted(videos, key=os.fsencode))
 
 
@@ -358,6 +360,7 @@ def _videos_of_segments(
                     files[video_id] = [name]
                 else:
                     known.append(name)
+    location = _locations(folder)
     videos: dict[str, Row] = {}
     shared: dict[str, list[tuple[float, float, str | None]]] = {}
     for video_id, start, end, label in rows:
@@ -367,7 +370,7 @@ def _videos_of_segments(
             name = f"{video_id}_{_seconds_text(start)}_{_seconds_text(end)}.mp4"
             videos.setdefault(name, (name, None, label))
         elif rank < _WHOLE_VIDEO:
-            videos.setdefault(name, (name, _location(folder, name), label))
+            videos.setdefault(name, (name, location(name), label))
         else:
             windows = shared.setdefault(name, [])
             if all(window[:2] != (start, end) for window in windows):
@@ -377,13 +380,13 @@ def _videos_of_segments(
         name, windows = shared.popitem()
         for start, end, label in windows:
             part = f"#t={_seconds_text(start)},{_seconds_text(end)}" if len(windows) > 1 else ""
-            videos[name + part] = (name + part, _location(folder, name), label, start, end)
+            videos[name + part] = (name + part, location(name), label, start, end)
     return with_hashes(videos.pop(name) for name in sorted(videos, key=os.fsencode))
 
 
 def _ids_in(name: str) -> Iterator[str]:
     """YouTube ids that a file could be of: what is before each `_` of its name, without a first `Y` too."""
-    stem = os.path.splitext(name.rpartition("/")[2])[0]
+    stem = name.rpartition("/")[2].rpartition(".")[0]
     cut = len(stem)
     while cut > 0:
         yield stem[:cut]
@@ -397,7 +400,7 @@ _WHOLE_VIDEO = 2
 
 def _segment_rank(name: str, video_id: str, start: float, end: float) -> int | None:
     """0 if the file's name has id, start and end, 1 if id and start, 2 if the id alone, None if it is another's."""
-    stem = os.path.splitext(name.rpartition("/")[2])[0]
+    stem = name.rpartition("/")[2].rpartition(".")[0]
     for prefix in (video_id, f"Y{video_id}"):
         if stem == prefix:
             return _WHOLE_VIDEO
@@ -507,9 +510,11 @@ def _local(location: str) -> str:
     return location.partition("://")[2] if storage.is_url(location) else location
 
 
-def _location(folder: str, name: str) -> str:
-    """Path or URL of a file below `folder`."""
-    return storage.join(folder if _is_remote(folder) else _local(folder), name)
+def _locations(folder: str) -> Callable[[str], str]:
+    """Function from the name of a file below `folder` to its path or URL."""
+    if _is_remote(folder):
+        return functools.partial(storage.join, folder)
+    return functools.partial(os.path.join, _local(folder))
 
 
 def find_files(folder: str, leave_out: str | None = None) -> Iterable[str]:
