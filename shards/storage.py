@@ -360,7 +360,7 @@ def find_names(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> lis
         found = _retried("list", location, retry, lambda: _call(location, "find", LISTING_SECONDS))
     except FileNotFoundError:
         return []
-    return sorted(filter(None, (_relative(location, name) for name in found)))
+    return sorted(filter(None, map(_relative_to(location), found)))
 
 
 def remove(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> None:
@@ -640,24 +640,27 @@ def _listed(location: str, retry: Retry) -> dict[str, dict[str, Any]]:
         found = _retried("list", location, retry, lambda: _call(location, "ls", LISTING_SECONDS, detail=True))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    listed = {}
+    listed, relative = {}, _relative_to(location)
     for info in found:
-        name = _relative(location, info["name"].rstrip("/"))
+        name = relative(info["name"].rstrip("/"))
         if name and "/" not in name:
             listed[name] = info
     return listed
 
 
-def _relative(location: str, name: str) -> str:
-    """A name that fsspec lists, relative to the folder at location; "" if it is not below it."""
-    file_system, folder = _file_system(location, DEFAULT_RETRY.stall_seconds)
-    if _protocol(location) in READ_ONLY_PROTOCOLS:
-        folder, name = urlsplit(folder).path, urlsplit(name).path
-    folder = folder.rstrip("/") + "/"
-    if not name.startswith(folder):
-        return ""
-    relative = name[len(folder) :]
-    return unquote(relative) if _protocol(location) in READ_ONLY_PROTOCOLS else relative
+def _relative_to(location: str) -> Callable[[str], str]:
+    """Function from a name that fsspec lists to that relative to the folder at location; "" if it is not below it."""
+    # Once: a bucket may have millions of names.
+    _, folder = _file_system(location, DEFAULT_RETRY.stall_seconds)
+    quoted = _protocol(location) in READ_ONLY_PROTOCOLS
+    folder = (urlsplit(folder).path if quoted else folder).rstrip("/") + "/"
+
+    def relative(name: str) -> str:
+        name = urlsplit(name).path if quoted else name
+        below = name[len(folder) :] if name.startswith(folder) else ""
+        return unquote(below) if quoted else below
+
+    return relative
 
 
 def _protocol(location: str) -> str:
@@ -691,11 +694,12 @@ def _file_system(location: str, stall_seconds: float) -> tuple[Any, str]:
             key: value for kind in sorted(kinds) for key, value in conf.get(kind, {}).get(option, {}).items()
         }
 
+    client_seconds = 2 * stall_seconds  # comes after `_call`'s limit, for what has none
     options: dict[str, Any] = {"use_listings_cache": False}  # others write there, too
     if protocol in READ_ONLY_PROTOCOLS:
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_seconds, sock_read=stall_seconds)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_seconds, sock_read=client_seconds)
         options["client_kwargs"] = {"timeout": timeout, **given("client_kwargs")}
         # Sizes and ranges are those of the file, not of a compressed copy.
         options["headers"] = {"Accept-Encoding": "identity", **given("headers")}
@@ -704,7 +708,7 @@ def _file_system(location: str, stall_seconds: float) -> tuple[Any, str]:
         options["config_kwargs"] = {
             "retries": {"total_max_attempts": 1},
             "connect_timeout": stall_seconds,
-            "read_timeout": stall_seconds,
+            "read_timeout": client_seconds,
             **given("config_kwargs"),
         }
     try:
