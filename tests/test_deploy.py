@@ -275,7 +275,11 @@ exit $status""",
         "scontrol",
         f'{STAND_IN}[ "$1" != show ] || printf "node07\\nnode08\\n"',
     )
-    executable(tmp_path / "checkout/.venv/bin", "torchrun", f"{STAND_IN}{torchrun}")
+    executable(
+        tmp_path / "checkout/.venv/bin",
+        "torchrun",
+        f'[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] || exit 99\n{STAND_IN}{torchrun}',
+    )
     executable(tmp_path / "checkout/.venv/bin", "python", STAND_IN)
     (tmp_path / "checkout/train.py").write_text("")
     (tmp_path / "checkout/tools").mkdir()
