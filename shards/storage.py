@@ -357,7 +357,12 @@ def find_names(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> lis
             for name in names
         )
     try:
-        found = _retried("list", location, retry, lambda: _call(location, "find", LISTING_SECONDS))
+        found = _retried(
+            "list",
+            location,
+            retry,
+            lambda: _call(location, "find", retry.stall_seconds, limit=LISTING_SECONDS),
+        )
     except FileNotFoundError:
         return []
     return sorted(filter(None, map(_relative_to(location), found)))
@@ -604,14 +609,16 @@ def _put(source: Path, location: str, sha256: str | None, stall_seconds: float) 
         options["Metadata"] = {SHA256_FIELD: sha256}
     limit = stall_seconds * (1 + source.stat().st_size / UPLOAD_BYTES)
     if protocol in ATOMIC_PROTOCOLS:
-        _call(location, "put_file", limit, first=os.fspath(source), watched=True, **options)
+        _call(
+            location, "put_file", stall_seconds, limit=limit, first=os.fspath(source), watched=True, **options
+        )
         return
     folder, name = location.rsplit("/", 1)
     temporary = f"{folder}/.{name}.{secrets.token_hex(8)}.tmp"
     _call(folder, "makedirs", stall_seconds, exist_ok=True)
-    _call(temporary, "put_file", limit, first=os.fspath(source), watched=True)
+    _call(temporary, "put_file", stall_seconds, limit=limit, first=os.fspath(source), watched=True)
     file_system, path = _file_system(location, stall_seconds)
-    _call(temporary, "mv", limit, path)
+    _call(temporary, "mv", stall_seconds, path, limit=limit)
     file_system.invalidate_cache()
 
 
@@ -637,7 +644,12 @@ def _listed(location: str, retry: Retry) -> dict[str, dict[str, Any]]:
         except (FileNotFoundError, NotADirectoryError):
             return {}
     try:
-        found = _retried("list", location, retry, lambda: _call(location, "ls", LISTING_SECONDS, detail=True))
+        found = _retried(
+            "list",
+            location,
+            retry,
+            lambda: _call(location, "ls", retry.stall_seconds, limit=LISTING_SECONDS, detail=True),
+        )
     except (FileNotFoundError, NotADirectoryError):
         return {}
     listed, relative = {}, _relative_to(location)
@@ -731,6 +743,7 @@ def _call(
     *args: Any,
     first: Any = None,
     watched: bool = False,
+    limit: float | None = None,
     stop: threading.Event | None = None,
     **options: Any,
 ) -> Any:
@@ -743,6 +756,7 @@ def _call(
         args: arguments after the location.
         first: one before it.
         watched: the method takes a callback that counts bytes.
+        limit: in place of stall_seconds here, but not within the client.
         stop: it is given up soon after this is set.
         options: by name.
 
@@ -752,6 +766,7 @@ def _call(
     from fsspec.callbacks import Callback
 
     file_system, path = _file_system(location, stall_seconds)
+    limit = stall_seconds if limit is None else limit
     args = (path, *args) if first is None else (first, path, *args)
     progress = Callback()
     if watched:
@@ -759,17 +774,17 @@ def _call(
     task: Future = _submit(file_system, method, args, options)
     moved, since = 0, time.monotonic()
     while True:
-        wait([task], max(0.0, min(since + stall_seconds - time.monotonic(), STOP_SECONDS)))
+        wait([task], max(0.0, min(since + limit - time.monotonic(), STOP_SECONDS)))
         if task.done():
             return task.result()
-        if progress.value != moved:
-            moved, since = progress.value, time.monotonic()
-        elif stop is not None and stop.is_set():
+        if stop is not None and stop.is_set():
             task.cancel()
             raise _Stalled("given up")
-        elif time.monotonic() - since >= stall_seconds:
+        if progress.value != moved:
+            moved, since = progress.value, time.monotonic()
+        elif time.monotonic() - since >= limit:
             task.cancel()
-            raise _Stalled(f"no bytes for {stall_seconds:g} s")
+            raise _Stalled(f"no bytes for {limit:g} s")
 
 
 def _submit(file_system: Any, method: str, args: tuple, options: dict[str, Any]) -> Future:

@@ -242,7 +242,7 @@ def test_a_source_that_is_down_is_named_with_the_shard(build, server, folder):
     server.always[NAMES[1]] = "503"
     for ask in (shards.name, shards.read):
         with pytest.raises(
-            SourceError, match=f"cannot read {server.url}/{NAMES[1]}: .*503.* tried [2-9] times"
+            SourceError, match=rf"cannot read {server.url}/{NAMES[1]}: .*503.* tried \d+ times"
         ):
             ask((0,), 0, 1, 0)
 

@@ -176,12 +176,16 @@ def test_a_server_that_is_not_there_is_tried_until_it_comes(tmp_path, free_port)
 NAMES = ["plain", "a b#c%20?d=é&+.txt", "sub/deep"]
 
 
-@pytest.mark.parametrize("scheme", ["path", "file", "memory"])
-def test_a_folder_is_written_listed_read_and_emptied(tmp_path, scheme):
+@pytest.mark.parametrize("scheme", ["path", "file", "memory", "renamed"])
+def test_a_folder_is_written_listed_read_and_emptied(tmp_path, scheme, monkeypatch):
+    """`renamed`: a file system that shows files before all of them is there."""
+    if scheme == "renamed":
+        monkeypatch.setattr(storage, "ATOMIC_PROTOCOLS", set())
     base = {
         "path": str(tmp_path / "x"),
         "file": f"file://{tmp_path / 'x'}",
         "memory": f"memory://{tmp_path.name}",
+        "renamed": f"memory://{tmp_path.name}",
     }
     folder = base[scheme]
     assert storage.list_names(folder) == storage.find_names(folder) == [] == list(storage.list_sizes(folder))
