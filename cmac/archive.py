@@ -108,9 +108,12 @@ def write_archive(content: Any, path: Path) -> None:
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether a file ends in a checksum, right or wrong."""
-    with open(path, "rb") as file:
-        return _written_checksum(file) is not None
+    """Whether a file ends in a checksum, right or wrong; False of one that cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return _written_checksum(file) is not None
+    except OSError:
+        return False
 
 
 def find_problem(path: Path) -> str | None:
@@ -126,10 +129,10 @@ def find_problem(path: Path) -> str | None:
             return "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file"
         with open(path, "rb") as file:
             written = _written_checksum(file)
+            if written is None and not _ends_without_comment(file):
+                return "it is cut short, or no checkpoint: neither a checksum nor the end of a zip file is at its end"
             if written is not None and written != _checksum(file):
-                return (
-                    "its SHA-256 is not the one that was written with it, so bytes of it were changed or lost"
-                )
+                return "its SHA-256 is not the one written at its end: bytes of it were changed or lost"
             with zipfile.ZipFile(file) as archive:
                 problem = _layout_problem(archive) or _pickle_problem(archive, strict=True)
                 if problem is None and written is None:
@@ -178,6 +181,15 @@ def _written_checksum(file: BinaryIO) -> str | None:
     if length != _COMMENT_BYTES or not comment.startswith(COMMENT):
         return None
     return comment.removeprefix(COMMENT).decode("latin-1")
+
+
+def _ends_without_comment(file: BinaryIO) -> bool:
+    """Whether a file ends as zip files without a comment do; one that has lost its comment does not."""
+    if file.seek(0, os.SEEK_END) < zipfile.sizeEndCentDir:
+        return False
+    file.seek(-zipfile.sizeEndCentDir, os.SEEK_END)
+    end = file.read()
+    return end.startswith(zipfile.stringEndArchive) and end.endswith(b"\0\0")
 
 
 def _checksum(file: BinaryIO) -> str:

@@ -154,12 +154,19 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     Raises:
         ValueError: the file is no checkpoint of this project, is not whole, or of another layout.
     """
-    state = read_state(path, device)
+    return with_run_config(read_state(path, device), path)
+
+
+def with_run_config(state: dict, path: Path) -> dict:
+    """The state of a pretraining checkpoint, as `read_state` gives it, with `config` as a RunConfig.
+
+    Raises:
+        ValueError: it is of another kind of run or of another version.
+    """
     try:
-        state["config"] = config_from_dict(state["config"])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return state
+        return {**state, "config": config_from_dict(state["config"])}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: {error!s:.500}") from error
 
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict:

@@ -25,7 +25,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cmac.checkpoint import build_as_saved, newest_checkpoint, read_checkpoint
+from cmac.archive import has_checksum
+from cmac.checkpoint import build_as_saved, newest_checkpoint, read_state, with_run_config
 from cmac.compute import ComputeConfig
 from cmac.encoders import (
     AudioEncoderConfig,
@@ -286,15 +287,19 @@ def load(
         path = newest_checkpoint(path)
     elif (path.parent / CARD).is_file() and path.name in _FILES.values():
         return _from_export(path.parent, device, random_seed, format)
-    content = read_weight_file(path)
+    is_checkpoint = path.is_file() and has_checksum(path)
+    content = None if is_checkpoint else read_weight_file(path)
     if isinstance(content, dict) and {"format", "step", "config", "model"} <= dict.keys(content):
+        is_checkpoint = True  # of the format without a checksum
+    if is_checkpoint:
         if format != "auto":
             raise ValueError(f"{path}: format is {format!r}, but this is a checkpoint of cmac; leave it out")
-        if "classes" in content:
+        state = read_state(path)
+        if "classes" in state:
             raise ValueError(
                 f"{path}: a checkpoint of tools.finetune, a video classifier; expected one of pretraining"
             )
-        return _from_checkpoint(path, device, random_seed)
+        return _from_checkpoint(with_run_config(state, path), path, device, random_seed)
     layout = None if format == "auto" else format
     foreign = read_foreign(content, str(path), layout, audio, classifier)
     video, audio_encoder = _build(
@@ -363,8 +368,9 @@ def _ready(encoders: Encoders, device: torch.device | str, random_seed: int | No
     return dataclasses.replace(encoders, source=source, origin=origin, digest=digest)
 
 
-def _from_checkpoint(path: Path, device: torch.device | str, random_seed: int | None) -> Encoders:
-    state = read_checkpoint(path)
+def _from_checkpoint(
+    state: dict, path: Path, device: torch.device | str, random_seed: int | None
+) -> Encoders:
     # Neither the machine that trained it nor the grouping of its batch statistics is of concern from here on.
     config = dataclasses.replace(state["config"], compute=ComputeConfig())
     with torch.random.fork_rng(devices=[]):

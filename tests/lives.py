@@ -156,10 +156,16 @@ def processes_of_session(session: int) -> list[int]:
 
 def serve() -> None:
     """Answer requests from standard input until it ends; then end all lives."""
-    import loaders.portable  # noqa: F401
-    import loaders.workers  # noqa: F401
+    # Beside train itself, what its run imports on the way; 2 s for each life otherwise.
+    import torch._dynamo
+    import torch.utils.tensorboard
+    import torchaudio
+
+    import loaders.portable
+    import loaders.workers
     import train
 
+    assert torch._dynamo and torch.utils.tensorboard and torchaudio and loaders.portable and loaders.workers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answers.write("ready\n")
