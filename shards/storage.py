@@ -613,11 +613,18 @@ def _put(source: Path, location: str, sha256: str | None, stall_seconds: float) 
             location, "put_file", stall_seconds, limit=limit, first=os.fspath(source), watched=True, **options
         )
         return
+    from fsspec import AbstractFileSystem
+
+    file_system, path = _file_system(location, stall_seconds)
+    if type(file_system).mv is AbstractFileSystem.mv:  # a copy
+        raise ValueError(
+            f"{location} is to be written, expected a scheme whose files appear when they are whole "
+            f"({', '.join(sorted(ATOMIC_PROTOCOLS))}) or can be renamed; write to a local folder and copy it"
+        )
     folder, name = location.rsplit("/", 1)
     temporary = f"{folder}/.{name}.{secrets.token_hex(8)}.tmp"
     _call(folder, "makedirs", stall_seconds, exist_ok=True)
     _call(temporary, "put_file", stall_seconds, limit=limit, first=os.fspath(source), watched=True)
-    file_system, path = _file_system(location, stall_seconds)
     _call(temporary, "mv", stall_seconds, path, limit=limit)
     file_system.invalidate_cache()
 

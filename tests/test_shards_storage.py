@@ -11,6 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from fake_servers import FaultyServer
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shards import storage
 from shards.storage import Retry, SourceError, WrongContents
@@ -181,6 +182,13 @@ def test_a_folder_is_written_listed_read_and_emptied(tmp_path, scheme, monkeypat
     """`renamed`: a file system that shows files before all of them is there."""
     if scheme == "renamed":
         monkeypatch.setattr(storage, "ATOMIC_PROTOCOLS", set())
+        with pytest.raises(ValueError, match="can be renamed; write to a local folder"):
+            storage.write_bytes(f"memory://{tmp_path.name}/x", b"", FAST)
+
+        def rename(self, source: str, target: str) -> None:
+            self.store[target] = self.store.pop(source)
+
+        monkeypatch.setattr(MemoryFileSystem, "mv", rename)
     base = {
         "path": str(tmp_path / "x"),
         "file": f"file://{tmp_path / 'x'}",
