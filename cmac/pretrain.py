@@ -51,6 +51,12 @@ def learning_rate_at(
     return peak * warmup
 
 
+def count_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimization steps of a whole run."""
+    steps = config.epochs * steps_per_epoch
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
 def resolve_precision(precision: str, device: torch.device) -> Precision:
     """`auto` -> bf16 where the GPU has it, fp16 on older GPUs, fp32 on CPU; anything else unchanged."""
     if precision != "auto":
@@ -82,9 +88,7 @@ class Pretraining:
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.rank = dist.get_rank() if self.distributed else 0
         self.agreement = Agreement(config.hang_seconds)
-        self.total_steps = config.epochs * steps_per_epoch
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.total_steps = count_steps(config, steps_per_epoch)
         self.step = 0
         self.train_seconds = 0.0
         self.bad_clips: Counter[str] = Counter()  # by reason, since the start of the run, of all ranks
@@ -562,7 +566,19 @@ def _load(training: Pretraining, loader: Loader, path: Path) -> list[str]:
             "or give the values of the run that you want to go on with"
         )
     training.load_state_dict(state, loader)
-    return [f"  changed since: {line}" for line in changed] + _what_ranks_change(training, state)
+    lines = [f"  changed since: {line}" for line in changed]
+    return [*lines, *_what_length_changes(training, state), *_what_ranks_change(training, state)]
+
+
+def _what_length_changes(training: Pretraining, state: dict) -> list[str]:
+    """What another number of steps than before means for a schedule that ends with them."""
+    before, now = count_steps(state["config"], training.steps_per_epoch), training.total_steps
+    if training.config.optimizer.schedule != "cosine" or before == now:
+        return []
+    return [
+        f"  learning rate: the cosine now ends at step {now}, it was {before}; it goes on at "
+        f"{training.learning_rate():.3g} from step {training.step}"
+    ]
 
 
 def _what_ranks_change(training: Pretraining, state: dict) -> list[str]:

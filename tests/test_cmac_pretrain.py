@@ -135,6 +135,17 @@ def test_resuming_takes_the_optimizer_settings_of_the_new_configuration(tmp_path
     )
 
 
+def test_a_run_made_longer_says_what_becomes_of_its_cosine(tmp_path, capsys):
+    cosine = OptimizerConfig(warmup_epochs=0, schedule="cosine")
+    pretrain(config(tmp_path, optimizer=cosine, max_steps=1), FakeLoader(), CPU)
+    capsys.readouterr()
+    training = start(config(tmp_path, optimizer=cosine, max_steps=2), FakeLoader(), CPU)
+    assert (
+        "the cosine now ends at step 2, it was 1; it goes on at 0.005 from step 1" in capsys.readouterr().out
+    )
+    assert training.learning_rate() == pytest.approx(0.005)
+
+
 def test_bad_clips_are_counted_over_a_resume(tmp_path):
     run = config(tmp_path / "run")
     pretrain(dataclasses.replace(run, max_steps=8), FakeLoader(), CPU)

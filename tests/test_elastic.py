@@ -21,8 +21,8 @@ from loaders import build_loader
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 60
 CHECKPOINT_EVERY = 4
-# Without it torchrun's first agent keeps the address of the store that ranks meet at to itself in later rounds, and a node
-# that comes waits for it in vain (torch 2.11).
+# Without it torchrun's first agent keeps the address at which ranks meet to itself in later rounds, and a node that comes
+# waits for it in vain (torch 2.11).
 ENVIRONMENT = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # Half a minute is waited for nodes to come, and a dead one is noticed after 15 s, unless told otherwise.
 RENDEZVOUS = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -131,7 +131,6 @@ def test_a_node_is_lost_and_another_comes_and_each_global_batch_stays_what_it_wa
 
 
 def test_ranks_that_cannot_share_a_batch_are_told_which_numbers_can():
-    shards = make_sixteen_videos(tmp_path)
     config = train.parse(["demo", "--loader.global-batch-size", "8"])
     with pytest.raises(
         ValueError, match="is 8, which 3 ranks cannot share equally; start one of 1, 2, 4, 8 ranks"
