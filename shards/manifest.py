@@ -135,7 +135,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     """
     try:
         record = json.loads(data, object_pairs_hook=_fields_once, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8, numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # also not UTF-8, and numbers of thousands of digits
         raise ValueError(
             f"{path} is not JSON ({error!s:.200}); delete the folder and make the shards again"
         ) from error
