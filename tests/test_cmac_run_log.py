@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -406,9 +407,11 @@ def test_the_real_package_writes_rows_below_the_run_folder_when_it_is_offline(tm
         assert log._wandb._run is not None
         log.write(row(step, loss=step + 0.03125))
         log.close()
+        time.sleep(1.1)  # folders there are named after the second
     assert "WARNING" not in capsys.readouterr().err
     run_id = (run_dir / "wandb_id").read_text().strip()
     files = sorted(run_dir.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert len(files) == 2
     content = b"".join(path.read_bytes() for path in files)
     for part in (b"losses/loss", b"10.03125", b"20.03125", b"learning_rate", b"0.125"):
         assert part in content, part
