@@ -222,6 +222,8 @@ def _layout_problem(archive: zipfile.ZipFile) -> str | None:
             return f"its member {name!r:.100} is compressed, expected stored"
         if member.flag_bits & 1:
             return f"its member {name!r:.100} is encrypted"
+        if member.external_attr & 0x10:  # torch's reader would leave memory as it found it
+            return f"its member {name!r:.100} is marked as a folder"
     if len(folders) != 1:
         return f"its members lie in {len(folders)} folders, expected one"
     if sum(member.file_size for member in members) > size:

@@ -259,7 +259,7 @@ def other_zips(base: Base) -> Iterator[Mutant]:
     for field, offset, form in (
         ("version", 6, "H"), ("flags", 8, "H"), ("method", 10, "H"), ("crc", 16, "I"), ("stored-size", 20, "I"),
         ("size", 24, "I"), ("name-length", 28, "H"), ("extra-length", 30, "H"), ("comment-length", 32, "H"),
-        ("disk", 34, "H"), ("local-header", 42, "I"),
+        ("disk", 34, "H"), ("attributes", 38, "I"), ("local-header", 42, "I"),
     ):  # fmt: skip
         most = 2 ** (16 if form == "H" else 32) - 1
         for value in (0, 1, most // 2, most - 1, most):
