@@ -289,8 +289,13 @@ def _run_once(
             # Not between fork and exec, where nothing of Python is safe: it has opened no file yet when this is set.
             with contextlib.suppress(ProcessLookupError):
                 for name, value in limits.items():
-                    if value is not None:
-                        resource.prlimit(process.pid, getattr(resource, name), (value, value))
+                    if value is None:
+                        continue
+                    kind = getattr(resource, name)
+                    _, hard = resource.getrlimit(kind)  # of a login node, say: none may go above it
+                    if hard != resource.RLIM_INFINITY:
+                        value = min(value, hard)
+                    resource.prlimit(process.pid, kind, (value, value))
         assert process.stderr is not None
         poll = select.poll()
         poll.register(process.stderr, select.POLLIN)

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import wave
@@ -510,6 +511,22 @@ def test_a_program_that_writes_a_large_file_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_size <= 10**6
     command = [find_ffmpeg(), *"-v error -f lavfi -i anullsrc -t 1000 -f s16le b".split()]
     assert run_ffmpeg(command, tmp_path, 60, max_file_bytes=10**6).return_code == -signal.SIGXFSZ
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of ffmpeg are set on Linux alone")
+def test_limits_of_the_machine_that_are_lower_stay(tmp_path: Path) -> None:
+    """A login node may allow so much CPU time and no more."""
+    command = [
+        sys.executable,
+        "-c",
+        "import resource; raise SystemExit(resource.getrlimit(resource.RLIMIT_CPU)[1])",
+    ]
+    code = (
+        "import sys; from pathlib import Path; from shards.ffmpeg import run_ffmpeg; "
+        f"sys.exit(run_ffmpeg({command!r}, Path({str(tmp_path)!r}), 1000).return_code)"
+    )
+    done = subprocess.run(["sh", "-c", 'ulimit -t 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT)
+    assert done.returncode == 100
 
 
 def test_a_program_that_prints_without_end_takes_no_memory_and_is_killed_in_time(tmp_path: Path) -> None:
