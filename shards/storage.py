@@ -343,7 +343,14 @@ def list_sizes(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> dic
 def list_names(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; none if there is no such folder. Over http it is
     what an index page links to."""
-    return sorted(_listed(os.fspath(location), retry))
+    location = os.fspath(location)
+    path = _local_path(location)
+    if path is None:
+        return sorted(_listed(location, retry))
+    try:
+        return sorted(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def find_names(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> list[str]:
@@ -642,12 +649,7 @@ def _listed(location: str, retry: Retry) -> dict[str, dict[str, Any]]:
     if path is not None:
         try:
             with os.scandir(path) as entries:
-                return {
-                    entry.name: {"type": "directory"}
-                    if entry.is_dir()
-                    else {"type": "file", "size": entry.stat().st_size if entry.is_file() else None}
-                    for entry in entries
-                }
+                return {entry.name: info for entry in entries if (info := _described(entry)) is not None}
         except (FileNotFoundError, NotADirectoryError):
             return {}
     try:
@@ -665,6 +667,16 @@ def _listed(location: str, retry: Retry) -> dict[str, dict[str, Any]]:
         if name and "/" not in name:
             listed[name] = info
     return listed
+
+
+def _described(entry: os.DirEntry) -> dict[str, Any] | None:
+    """What `_listed` gives for an entry of a local folder; None if it is deleted this moment."""
+    if entry.is_dir():
+        return {"type": "directory"}
+    try:
+        return {"type": "file", "size": entry.stat().st_size if entry.is_file() else None}
+    except FileNotFoundError:
+        return None
 
 
 def _relative_to(location: str) -> Callable[[str], str]:

@@ -219,6 +219,21 @@ def test_a_folder_is_written_listed_read_and_emptied(tmp_path, scheme, monkeypat
     assert storage.find_names(folder) == []
 
 
+def test_a_file_that_vanishes_while_a_folder_is_listed_hides_no_other(tmp_path, monkeypatch):
+    """A worker that was given up for dead may be at work there still."""
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"12")
+    real = storage._described
+
+    def vanishing(entry: os.DirEntry) -> dict | None:
+        (tmp_path / "b").unlink(missing_ok=True)
+        return real(entry)
+
+    monkeypatch.setattr(storage, "_described", vanishing)
+    assert storage.list_sizes(tmp_path) == {"a": 2, "c": 2}
+    assert storage.list_names(tmp_path) == ["a", "c"]
+
+
 def test_names_are_quoted_for_http_and_come_back_from_its_index(server):
     (server.folder / NAMES[1]).write_bytes(b"odd")
     assert storage.read_bytes(storage.join(server.url, NAMES[1]), FAST) == b"odd"
