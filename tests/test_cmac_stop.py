@@ -15,7 +15,7 @@ import torch.multiprocessing
 from fake_runs import CPU, FakeLoader, config
 
 from cmac import pretrain as pretrain_module
-from cmac.checkpoint import list_checkpoints
+from cmac.checkpoint import list_checkpoints, read_checkpoint
 from cmac.nonfinite import tensors_not_finite
 from cmac.pretrain import Pretraining, pretrain, run, start
 from cmac.stop import Stopped, StopSignals
@@ -186,6 +186,8 @@ def test_when_the_loader_of_one_rank_fails_all_save_what_they_have(two_ranks):
     assert second["error"] == "OSError: the disk is gone"
     assert first["step"] == second["step"] == 7 and checkpoints(two_ranks / "loader") == [4, 7]
     assert first["handed_out"] == 8 and second["handed_out"] == 7, "rank 0 had its batch, which comes again"
+    saved = read_checkpoint(list_checkpoints(two_ranks / "loader/checkpoints")[-1])
+    assert saved["loader"] == {"epoch": 1, "next": 2}
 
 
 def test_the_step_and_the_clip_of_a_loss_that_is_not_finite_are_found(two_ranks):

@@ -21,8 +21,8 @@ from loaders import build_loader
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 60
 CHECKPOINT_EVERY = 4
-# Without it torchrun's first agent keeps the address at which ranks meet to itself in later rounds, and a node that comes
-# waits for it in vain (torch 2.11).
+# Without it torchrun's first agent keeps the address at which ranks meet to itself in later rounds, and a node that
+# comes waits for it in vain (torch 2.11).
 ENVIRONMENT = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # Half a minute is waited for nodes to come, and a dead one is noticed after 15 s, unless told otherwise.
 RENDEZVOUS = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
