@@ -14,7 +14,7 @@ from typing import Any
 
 from shards import storage
 
-LOCK_NAME = "lock"
+LOCK_NAME = "make_shards.lock"
 LEASE_NAME = "lease.json"
 HEARTBEAT_SECONDS = 30.0
 """Between two renewals of a lease."""
@@ -92,7 +92,7 @@ def _leased(work: str, out: str) -> Iterator[Callable[[], None]]:
             except LeaseLost:
                 lost.set()
                 return
-            except OSError:
+            except Exception:  # whatever a client library raises
                 if time.monotonic() - last > STALE_SECONDS - HEARTBEAT_SECONDS:
                     lost.set()
                     return

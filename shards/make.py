@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -55,7 +56,8 @@ from shards.sources import (
 
 WORK_FOLDER = ".work"
 PLAN_NAME = "plan.json"
-TEMPORARY_PREFIX = "tmp-"
+TEMPORARY_PREFIX = ".make_shards-"
+"""Of folders in the work area. Hidden: they hold videos, and may lie below the folder of videos."""
 REPORT_NAME = "report.csv"
 REPORT_COLUMNS = ("path", "status", "reason", "num_clips", "seconds")
 DRY_RUN_VIDEOS = 16
@@ -198,10 +200,7 @@ def make_shards(config: ShardConfig, progress: ProgressListener | None = None) -
         bad = _bad_shards(config.out, finished.shards, config.verify)
         if not bad:
             progress.message(f"{config.out} is finished already: nothing to do")
-            _clear_work(config.work_location)
-            storage.remove(
-                storage.join(config.work_location, lease.LEASE_NAME)
-            )  # of a run that was killed late
+            _clear_left_work(config, identity)
             return finished
         names = ", ".join(entry.name for entry in bad[:EXAMPLES]) + (", ..." if len(bad) > EXAMPLES else "")
         progress.message(
@@ -298,12 +297,10 @@ def _refuse_foreign_shards(config: ShardConfig) -> None:
 
 
 def _write_plan(config: ShardConfig, identity: dict[str, Any], version: str) -> None:
-    location = storage.join(config.work_location, PLAN_NAME)
-    plan = {**identity, "ffmpeg": version}
-    try:
-        old = json.loads(storage.read_bytes(location))
-    except FileNotFoundError:
-        storage.write_bytes(location, json.dumps(plan, sort_keys=True, indent=1).encode("ascii"))
+    old = _read_plan(config.work_location)
+    if old is None:
+        plan = json.dumps({**identity, "ffmpeg": version}, sort_keys=True, indent=1)
+        storage.write_bytes(storage.join(config.work_location, PLAN_NAME), plan.encode("ascii"))
         return
     different = _differences(old, identity)
     if old.get("ffmpeg") != version:
@@ -315,13 +312,38 @@ def _write_plan(config: ShardConfig, identity: dict[str, Any], version: str) -> 
         )
 
 
+def _read_plan(work: str) -> dict[str, Any] | None:
+    """Identity and ffmpeg of the run that a work area is of; None if it is of none."""
+    try:
+        return json.loads(storage.read_bytes(storage.join(work, PLAN_NAME)))
+    except FileNotFoundError:
+        return None
+
+
+def _clear_left_work(config: ShardConfig, identity: dict[str, Any]) -> None:
+    """Remove what a run that was killed at its very end left in the work area, unless another is at work there."""
+    work = config.work_location
+    plan = _read_plan(work)
+    if plan is None:
+        names = (lease.LEASE_NAME, lease.LOCK_NAME)
+        if all(storage.size(storage.join(work, name)) is None for name in names):
+            return
+    elif _differences(plan, identity):
+        return
+    try:
+        with lease.held(work, config.out):
+            _clear_work(work)
+    except ValueError:
+        pass  # it is held
+
+
 def _clear_work(work: str) -> None:
     """Remove the work area, but nothing in it that is not ours, as a user may have named any folder.
 
     The plan goes last: without it, what is there would belong to nobody.
     """
     names = storage.find_names(work)
-    ours = [name for name in names if name.startswith((RESULT_PREFIX, RECORD_PREFIX)) or _is_abandoned(name)]
+    ours = [name for name in names if _RESULT_OR_RECORD.fullmatch(name) or _is_abandoned(name)]
     remove_all(storage.join(work, name) for name in ours)
     if not storage.is_url(work):
         for name in storage.list_names(work):
@@ -336,9 +358,16 @@ def _clear_work(work: str) -> None:
             pass  # not there, or it holds something else
 
 
+_RESULT_OR_RECORD = re.compile(rf"{RESULT_PREFIX}\d{{7,}}|{RECORD_PREFIX}\d{{6,}}\.json")
+_OTHER_FILES = (PLAN_NAME, lease.LEASE_NAME, REPORT_NAME, MANIFEST_NAME)
+_ABANDONED = re.compile(
+    rf"\.({_RESULT_OR_RECORD.pattern}|{'|'.join(map(re.escape, _OTHER_FILES))})\.[0-9a-f-]+\.tmp"
+)
+
+
 def _is_abandoned(name: str) -> bool:
-    """Whether a file is a temporary one that `write_atomically` did not come to rename."""
-    return name.startswith(".") and name.endswith(".tmp")
+    """Whether a file is a temporary one of this program that `write_atomically` did not come to rename."""
+    return _ABANDONED.fullmatch(name) is not None
 
 
 class _Run:
@@ -497,7 +526,7 @@ class _Run:
             rows += [ReportRow(**row) for row in record["rows"]]
         rows.sort(key=lambda row: os.fsencode(row.path))
         for name in storage.list_names(out):
-            if _is_abandoned(name) and name[1:].startswith((REPORT_NAME, MANIFEST_NAME)):
+            if _is_abandoned(name):
                 storage.remove(storage.join(out, name))  # of a run that was killed while it wrote
         report = storage.join(out, REPORT_NAME)
         storage.write_bytes(report, report_csv(rows))

@@ -400,12 +400,42 @@ def test_shards_that_vanish_from_an_unfinished_folder_are_made_again(
 
 
 def test_work_area_elsewhere_is_left_as_it_was(videos: Path, reference: Path, tmp_path: Path) -> None:
+    """The user may have named any folder, with files called like some of ours."""
     work = tmp_path / "work"
-    work.mkdir()
-    (work / "notes.txt").write_text("not ours")
+    names = ["notes.txt", "video-1.mp4", "video-0000001.mp4", "video-clips/a.mp4", "block-a.json", "tmp-x/a"]
+    names += ["slurm/job.sh", ".notes.tmp", "lock"]
+    for name in names:
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("not ours")
     make_shards(configure(videos, tmp_path / "out", work=str(work)))
     assert contents(tmp_path / "out") == contents(reference)
-    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+    left = [path for path in work.rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(work)) for path in left) == sorted(names)
+    assert all(path.read_text() == "not ours" for path in left)
+
+
+def test_finished_run_clears_its_own_work_area_and_leaves_that_of_another(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One --work for two outputs, one after the other."""
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+    first, second = (
+        configure(videos, tmp_path / name, work=str(tmp_path / "work"), seed=seed)
+        for name, seed in (("first", 0), ("second", 1))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.make, "_clear_work", lambda work: None)  # killed before that
+        make_shards(first)
+    assert list((tmp_path / "work").iterdir())
+    make_shards(first)
+    assert not (tmp_path / "work").exists()
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(shards.make._Run, "finish", lambda *unused: (_ for _ in ()).throw(Crash()))
+        make_shards(second)
+    before = sorted((tmp_path / "work").rglob("*"))
+    assert len(before) > 2
+    make_shards(first)
+    assert sorted((tmp_path / "work").rglob("*")) == before
 
 
 def test_folder_of_a_version_without_a_setting_is_accepted(

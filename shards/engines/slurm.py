@@ -10,7 +10,7 @@ from typing import Any
 from shards.pool import JobFailed, without_main_module
 from shards.pool import run_jobs as run_in_processes
 
-FOLDER = "slurm"
+FOLDER = "make_shards-slurm"
 """In the work area: scripts, logs and results of Slurm jobs."""
 SUBMISSIONS = 5
 """A chunk whose Slurm job ends without a result (pre-emption, a failed node, the time limit) is submitted so many
