@@ -9,6 +9,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,8 @@ LOCK_SECONDS = 0.02  # between two tries for a lock
 FETCH_THREADS = 4  # that bring shards ahead, on each rank
 OTHERS_SECONDS = 0.5  # until a shard is looked for again that another process is bringing
 FOLDER_DIGITS = 16  # of the manifest's digest, which name the folder of its shards
+
+_FOLDER_NAME = re.compile(rf"[0-9a-f]{{{FOLDER_DIGITS}}}")
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +222,8 @@ class ShardCache:
         process left which was killed."""
         used, found = 0, []
         for folder in self.config.folder.iterdir():
-            if not folder.is_dir():
+            # Nothing else is ours: the user may have named a folder that has shards of his own below it.
+            if not _FOLDER_NAME.fullmatch(folder.name) or not folder.is_dir():
                 continue
             for path in folder.iterdir():
                 try:

@@ -147,6 +147,22 @@ def test_the_least_recently_opened_shards_make_way(build, manifest, tmp_path):
     assert disk_use(tmp_path / "cache") <= limit
 
 
+def test_shards_of_the_user_below_the_folder_of_the_cache_are_left_alone(build, manifest, folder, tmp_path):
+    """With `--loader.cache-dir /scratch`, where /scratch/k400 holds shards, too."""
+    mine = tmp_path / "cache" / "k400"
+    shutil.copytree(folder, mine)
+    (mine / ".x.tar.100.part").write_bytes(b"mine")
+    for path in mine.iterdir():
+        os.utime(path, (1, 1))
+    before = sorted(mine.iterdir())
+    cache = build(int(1.2 * largest(manifest)))
+    for name in NAMES:
+        cache.open(name)
+    assert sorted(mine.iterdir()) == before and len(names_there(tmp_path / "cache") & set(NAMES)) == len(
+        NAMES
+    )
+
+
 def test_whoever_has_a_shard_open_reads_on_after_it_was_deleted(build, manifest, folder, tmp_path):
     cache = build(int(1.2 * largest(manifest)))
     readers = {name: cache.open(name) for name in NAMES}
@@ -164,7 +180,7 @@ def test_processes_keep_the_limit_together(build, manifest, folder, tmp_path):
         most = max(most, disk_use(tmp_path / "cache"))
         if not results.empty():
             found.append(results.get())
-        assert any(process.is_alive() for process in processes) or not results.empty()
+        assert len(found) == 3 or any(process.is_alive() for process in processes) or not results.empty()
         time.sleep(0.001)
     for process in processes:
         process.join()
