@@ -185,7 +185,7 @@ def slice_video(
         with bounded_memory(limits.max_memory_bytes):
             probe = probe_video(path, limits=limits)
             if window is not None:
-                window = None if _is_window(path, probe, window) else window
+                window = None if _is_window(path, probe, window, limits) else window
             return _slice_probed(
                 path, video_id, seed, settings, program, timeout_seconds, work_folder, probe, window, limits
             )
@@ -202,13 +202,13 @@ def is_cut_already(end_seconds: float, window: tuple[float, float]) -> bool:
     return end_seconds <= window[1] - window[0] + CUT_SLACK_SECONDS
 
 
-def _is_window(path: str, probe: VideoProbe, window: tuple[float, float]) -> bool:
+def _is_window(path: str, probe: VideoProbe, window: tuple[float, float], limits: SourceLimits) -> bool:
     ends = [end for end in (probe.video_end_seconds, probe.audio_end_seconds) if end is not None]
     if ends:
         return is_cut_already(max(ends), window)
     # The header does not tell.
     try:
-        with open_media(path) as container:
+        with open_media(path, limits) as container:
             origin = (container.start_time or 0) / av.time_base
             for packet in container.demux(probe.video_stream, probe.audio_stream):
                 if packet.pts is None:

@@ -11,6 +11,7 @@ import pytest
 
 from shards import slicing
 from shards.ffmpeg import FfmpegTimeout, SliceCommand, find_ffmpeg, run_ffmpeg
+from shards.media import open_media
 from shards.schema import (
     FRAME_SIZES,
     FRAMES_PER_CLIP,
@@ -509,7 +510,9 @@ def test_max_seconds_counts_from_the_start_of_the_window(long_files: dict[str, P
     assert [clip.start_seconds for clip in sliced.clips] == [10.0, 11.0, 12.0]
 
 
-def test_a_file_that_is_no_longer_than_the_window_is_used_whole(tmp_path: Path) -> None:
+def test_a_file_that_is_no_longer_than_the_window_is_used_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make_flash_beep_video(tmp_path / "cut.mp4", seconds=4.4, size=(64, 48))
     whole = slice_file(path, preset="ultrafast")
     assert slice_window(path, 30.0, 34.0) == whole
@@ -519,8 +522,13 @@ def test_a_file_that_is_no_longer_than_the_window_is_used_whole(tmp_path: Path) 
         [find_ffmpeg(), "-v", "error", "-i", str(path), "-c", "copy", "-live", "1", str(live)], check=True
     )
     assert probe_video(str(live)).audio_end_seconds is None
+    seen = []
+    monkeypatch.setattr(
+        slicing, "open_media", lambda path, limits=None: seen.append(limits) or open_media(path, limits)
+    )
     assert len(slice_window(live, 30.0, 34.0).clips) == 4
     assert slice_window(live, 30.0, 33.0).reason == "outside-window"
+    assert seen and None not in seen  # the user's limits count there, too
 
 
 def test_what_ends_before_or_inside_a_window_says_so(long_files: dict[str, Path]) -> None:
