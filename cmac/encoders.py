@@ -174,7 +174,7 @@ def _factored_forward(
     """
     if padding == 0:
         return temporal(apply_norm(norm, spatial(x)))
-    x = spatial.convolve(x, _pad_channels(spatial.weight, 0, padding))
+    x = _convolve(spatial, x, _pad_channels(spatial.weight, 0, padding))
     # Zeros stay zeros: the norm's weights are padded with zeros as well.
     padded = {
         name: F.pad(value, (0, padding))
@@ -186,7 +186,14 @@ def _factored_forward(
         for name, buffer in norm.named_buffers():
             if buffer.dim() == 1:
                 buffer.copy_(padded[name][: len(buffer)])
-    return temporal.convolve(x, _pad_channels(temporal.weight, 1, padding))
+    return _convolve(temporal, x, _pad_channels(temporal.weight, 1, padding))
+
+
+def _convolve(conv: nn.Conv3d, x: Tensor, weight: Tensor) -> Tensor:
+    """conv(x) with another weight."""
+    if isinstance(conv, FactoredConv3d):
+        return conv.convolve(x, weight)
+    return F.conv3d(x, weight, conv.bias, conv.stride, conv.padding)
 
 
 class _ApplyNorm(nn.Module):

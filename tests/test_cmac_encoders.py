@@ -90,10 +90,11 @@ def full_gradients(
         ComputeConfig(),
         ComputeConfig(convolutions="conv3d"),
         ComputeConfig(pad_channels=True),
+        ComputeConfig(convolutions="conv3d", pad_channels=True),
         ComputeConfig(activation_checkpointing="early"),
         ComputeConfig(activation_checkpointing="early", pad_channels=True),
     ],
-    ids=["views", "conv3d", "padded", "checkpointed", "checkpointed-padded"],
+    ids=["views", "conv3d", "padded", "conv3d-padded", "checkpointed", "checkpointed-padded"],
 )
 def test_every_way_to_compute_gives_torchvisions_outputs_gradients_and_statistics(compute):
     torchvision = pytest.importorskip("torchvision")
