@@ -850,6 +850,8 @@ def _describe(error: BaseException) -> str:
 
 
 def _way_out(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+        return "make room there, or see whether it can be written to, then run the same command again"
     if isinstance(error, PermissionError) or _http_status(error) in (401, 403):
         return (
             "see whether this account may do that, and the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"

@@ -288,6 +288,17 @@ def test_a_full_disk_is_no_fault_of_the_source(server, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
 
 
+def test_a_full_disk_that_is_written_to_has_its_way_out(tmp_path, monkeypatch):
+    def full(*unused) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "write_atomically", full)
+    with pytest.raises(
+        SourceError, match="^cannot write .*/file: .*No space left on device; make room there"
+    ):
+        storage.write_bytes(tmp_path / "file", b"x")
+
+
 def test_libraries_that_are_missing_and_schemes_that_do_not_exist_say_so(monkeypatch):
     import fsspec
 
