@@ -39,7 +39,7 @@ from shards.jobs import (
     record_location,
     remove_all,
 )
-from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from shards.manifest import MANIFEST_NAME, MAX_SHARDS, Manifest, ShardEntry, read_manifest, write_manifest
 from shards.media import SourceLimits
 from shards.order import shuffled
 from shards.pool import Lost, run_jobs, usable_cores
@@ -189,6 +189,12 @@ def make_shards(config: ShardConfig, progress: ProgressListener | None = None) -
     program = find_ffmpeg()
     version = ffmpeg_version(program)
     videos = list_videos(config, progress)
+    num_shards = config.slicing.max_clips * -(-len(videos) // config.videos_per_shard)
+    if num_shards > MAX_SHARDS:
+        raise ValueError(
+            f"{len(videos)} videos would become {num_shards} shards, expected at most {MAX_SHARDS}; raise "
+            f"--videos-per-shard (now {config.videos_per_shard})"
+        )
     identity = _identity(config, videos)
     if not storage.is_url(config.out) and os.path.exists(config.out) and not os.path.isdir(config.out):
         raise ValueError(

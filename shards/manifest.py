@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 26
 """That of two million videos in ten slots has five million."""
+MAX_SHARDS = MAX_MANIFEST_BYTES // 256
+"""A shard takes 199 bytes of a manifest, and a few more with a long name of its split."""
 MAX_SLOTS = 99
 """A slot is two digits of a clip's key."""
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}\.tar")
