@@ -48,8 +48,7 @@ class RunSettings:
     work: str
     """Location of the work area."""
     temporary: str | None
-    """Folder for temporary files, on the file system of `out` and `work`; None: the system's, as those are
-    URLs."""
+    """Folder for temporary files, in `work`; None: the system's, as that is a URL."""
     split: str
     seed: int
     slicing: SliceSettings

@@ -365,14 +365,15 @@ def _clear_work(work: str) -> None:
 
 
 _RESULT_OR_RECORD = re.compile(rf"{RESULT_PREFIX}\d{{7,}}|{RECORD_PREFIX}\d{{6,}}\.json")
+_SHARD_FILE = r"\w+-slot\d+-\d+\.(tar|idx)"
 _OTHER_FILES = (PLAN_NAME, lease.LEASE_NAME, REPORT_NAME, MANIFEST_NAME)
 _ABANDONED = re.compile(
-    rf"\.({_RESULT_OR_RECORD.pattern}|{'|'.join(map(re.escape, _OTHER_FILES))})\.[0-9a-f-]+\.tmp"
+    rf"\.({_RESULT_OR_RECORD.pattern}|{_SHARD_FILE}|{'|'.join(map(re.escape, _OTHER_FILES))})\.[0-9a-f-]+\.tmp"
 )
 
 
 def _is_abandoned(name: str) -> bool:
-    """Whether a file is a temporary one of this program that `write_atomically` did not come to rename."""
+    """Whether a file is a temporary one of this program that it did not come to rename."""
     return _ABANDONED.fullmatch(name) is not None
 
 

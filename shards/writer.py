@@ -1,5 +1,6 @@
 """Write one shard: a plain ustar file that depends on its clips alone, and DALI's index beside it."""
 
+import errno
 import hashlib
 import os
 import tarfile
@@ -22,9 +23,9 @@ class ShardWriter:
     """Context manager that writes `folder/{split}-slot{slot}-{index}.tar` and `.idx`; `entry` is set on
     leaving.
 
-    Both are written under other names in `work_folder` (same file system; default: `folder`), flushed to disk
-    and then renamed, index first: where the tar is, it is whole and has its index. If `folder` is a URL they
-    are uploaded in that order instead, each whole. Leaving by an exception leaves nothing.
+    Both are written under other names in `work_folder` (default: `folder`), flushed to disk and then renamed,
+    index first: where the tar is, it is whole and has its index. If `folder` is a URL or on another file system
+    they are uploaded or copied in that order instead, each whole. Leaving by an exception leaves nothing.
 
     Args:
         expected_sha256: of the tar, hex digits; UnexpectedShard is raised on leaving, and nothing written, if
@@ -111,15 +112,19 @@ class ShardWriter:
 
     def _publish(self, sha256: str) -> None:
         index, tar = (storage.join(self.folder, f"{self.stem}.{suffix}") for suffix in ("idx", "tar"))
-        if storage.is_url(self.folder):
-            storage.upload(self._temporary_index, index)
-            storage.upload(self._temporary_tar, tar, sha256=sha256)
-            self._temporary_index.unlink()
-            self._temporary_tar.unlink()
-        else:
-            os.replace(self._temporary_index, index)
-            os.replace(self._temporary_tar, tar)
-            sync_folder(Path(self.folder))
+        if not storage.is_url(self.folder):
+            try:
+                os.replace(self._temporary_index, index)
+                os.replace(self._temporary_tar, tar)
+                sync_folder(Path(self.folder))
+                return
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+        storage.upload(self._temporary_index, index)
+        storage.upload(self._temporary_tar, tar, sha256=sha256)
+        self._temporary_index.unlink()
+        self._temporary_tar.unlink()
 
 
 class _HashingSink:

@@ -2,6 +2,7 @@
 refused."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -421,6 +422,25 @@ def test_work_area_elsewhere_is_left_as_it_was(videos: Path, reference: Path, tm
     left = [path for path in work.rglob("*") if path.is_file()]
     assert sorted(str(path.relative_to(work)) for path in left) == sorted(names)
     assert all(path.read_text() == "not ours" for path in left)
+
+
+def test_work_area_may_be_on_another_file_system(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a fast disk may be, or the system's temporary folder where the work area is at a URL."""
+    out = tmp_path / "out"
+
+    def replace(source: str, target: str, real=os.replace) -> None:
+        if Path(target).parent == out != Path(source).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+    out.mkdir()
+    (out / ".train-slot00-000000.tar.0123456789abcdef.tmp").write_bytes(b"of a run that was killed")
+    make_shards(configure(videos, out, work=str(tmp_path / "work")))
+    assert contents(out) == contents(reference) and not (tmp_path / "work").exists()
 
 
 def test_finished_run_clears_its_own_work_area_and_leaves_that_of_another(
