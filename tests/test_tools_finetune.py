@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from action_videos import CLASSES, write_checkpoint, write_color_video, write_ucf101
+from fake_runs import FakeLoader
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from cmac.evaluation.features import extract_features
 from cmac.evaluation.results import read_results
 from cmac.finetune import PRESETS, FinetuneConfig
+from loaders.base import TooManyBadClips
 from shards.sources import with_hashes
 from tools import finetune
 from tools.finetune import constant_guess, split_metrics
@@ -100,6 +103,21 @@ def test_accuracies_are_what_scikit_learn_makes_of_the_kept_logits(ucf101: Path,
     truth = [CLASSES.index(dict(zip(videos, labels))[name]) for name in names]
     assert result.metrics["top1"].value == accuracy_score(truth, scores.argmax(axis=1))
     assert len(names) == 6 and len(videos) == 12
+
+
+def test_the_batch_that_spends_the_budget_of_bad_clips_is_listed(
+    ucf101: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (batch,) = islice(FakeLoader(), 3, 4)
+
+    def spend(*arguments: object) -> None:
+        raise TooManyBadClips("1 of 4 clips are bad", batch)
+
+    monkeypatch.setattr(finetune, "finetune", spend)
+    assert finetune.main(arguments(ucf101, tmp_path)) == 1
+    assert "tools.finetune: 1 of 4 clips are bad" in capsys.readouterr().err
+    (line,) = (tmp_path / "split1/bad_clips.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"epoch": 0, "step": 3, "key": "d", "shard": "s", "reason": "decode-error"}
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ from cmac.finetune import (
     protocol_name,
     resolve_finetune_compute,
 )
+from cmac.pretrain import record_bad_clips
 from cmac.weights import Encoders, weights_digest
 from loaders.base import TooManyBadClips
 from loaders.config import LoaderConfig
@@ -341,6 +342,9 @@ class SplitRun:
                     self.folder,
                     device,
                 )
+            except TooManyBadClips as error:  # the batch that was one too many was not handed out
+                record_bad_clips(self.folder / "bad_clips.jsonl", error.batch)
+                raise
             finally:
                 loader.close()
             result = self._result(training, tests, network)
