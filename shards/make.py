@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -478,7 +478,11 @@ class _Run:
             )
         if self.todo_videos:
             number = self.todo_videos.pop()
-            return SliceJob(number=number, source=self.videos[number], run=self.settings)
+            source = self.videos[number]
+            if source.path is not None and not storage.is_url(source.path):
+                # Workers may start elsewhere. Not `abspath`, to which `link/..` is nothing.
+                source = replace(source, path=os.path.join(os.getcwd(), source.path))
+            return SliceJob(number=number, source=source, run=self.settings)
         return None
 
     def work_off(self) -> None:

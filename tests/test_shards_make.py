@@ -443,6 +443,29 @@ def test_work_area_may_be_on_another_file_system(
     assert contents(out) == contents(reference) and not (tmp_path / "work").exists()
 
 
+def test_relative_paths_are_those_of_who_started_the_run(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a cluster start in other folders."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def run(function, next_job, *unused):
+        while True:
+            os.chdir(tmp_path)
+            if (job := next_job()) is None:
+                return
+            os.chdir(elsewhere)
+            outcome = function(job)
+            os.chdir(tmp_path)
+            yield job, outcome
+
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run)
+    monkeypatch.chdir(tmp_path)
+    make_shards(configure(os.path.relpath(videos), "out"))
+    assert contents(tmp_path / "out") == contents(reference)
+
+
 def test_finished_run_clears_its_own_work_area_and_leaves_that_of_another(
     videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
