@@ -43,6 +43,7 @@ from shards.manifest import MANIFEST_NAME, MAX_SHARDS, Manifest, ShardEntry, rea
 from shards.media import SourceLimits
 from shards.order import shuffled
 from shards.pool import Lost, run_jobs, usable_cores
+from shards.reader import find_shard_fault, index_fault
 from shards.results import RESULT_PREFIX, ReportRow, ResultFile, result_location
 from shards.schema import SCHEMA_VERSION
 from shards.slicing import SliceSettings
@@ -275,12 +276,20 @@ def _finished_manifest(out: str, identity: dict[str, Any]) -> Manifest | None:
 
 def _bad_shards(out: str, entries: Sequence[ShardEntry], verify: bool) -> list[ShardEntry]:
     """Those of the shards that are not there, or without index, or of another size, or with `verify` of another
-    checksum."""
+    checksum. An index that is no such one counts as none; behind a URL it is looked at with `verify`."""
     sizes = storage.list_sizes(out)
 
     def is_good(entry: ShardEntry) -> bool:
-        good = sizes.get(entry.name) == entry.bytes and _index_name(entry) in sizes
-        return good and (not verify or storage.checksum(storage.join(out, entry.name)) == entry.sha256)
+        if sizes.get(entry.name) != entry.bytes or _index_name(entry) not in sizes:
+            return False
+        if not storage.is_url(out):
+            if find_shard_fault(os.path.join(out, entry.name), entry.num_clips, entry.bytes) is not None:
+                return False
+        elif verify and index_fault(
+            storage.read_bytes(storage.join(out, _index_name(entry))), entry.num_clips
+        ):
+            return False
+        return not verify or storage.checksum(storage.join(out, entry.name)) == entry.sha256
 
     with ThreadPoolExecutor(usable_cores()) as threads:
         return [entry for entry, good in zip(entries, threads.map(is_good, entries)) if not good]

@@ -253,7 +253,7 @@ def find_shard_fault(path: str | os.PathLike, num_clips: int, num_bytes: int) ->
             with _open_plain_file(index) as index_file:
                 fault = _index_size_fault(index_file, size)
                 data = b"" if fault is not None else index_file.read()
-            fault = fault or _index_fault(data, num_clips)
+            fault = fault or index_fault(data, num_clips)
             if fault is not None:
                 return f"{index} {fault}; {again}"
             rows = []
@@ -293,7 +293,7 @@ def _index_size_fault(file: BinaryIO, tar_bytes: int) -> str | None:
     return f"has {size} bytes, expected at most {limit} for a tar of {tar_bytes}" if size > limit else None
 
 
-def _index_fault(data: bytes, num_clips: int) -> str | None:
+def index_fault(data: bytes, num_clips: int) -> str | None:
     """What is wrong with an index, as far as its first line, its number of lines and its letters tell."""
     head, num_lines = data[: data.find(b"\n") + 1], data.count(b"\n")
     expected = f"{INDEX_VERSION} {num_clips}\n".encode("ascii")

@@ -365,6 +365,20 @@ def test_missing_and_cut_shards_of_a_finished_folder_are_made_again_and_no_other
     )
 
 
+def test_damaged_indexes_of_a_finished_folder_are_made_again(
+    videos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the loader tells users to do who have one."""
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run_here)
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    damaged = sorted(out.glob("*-000001.idx"))[0]
+    for location, verify in ((str(out), False), (f"file://{out}", True)):
+        damaged.write_bytes(b"")
+        make_shards(configure(videos, location, verify=verify, work=str(tmp_path / "work")))
+        assert contents(out) == contents(reference)
+
+
 def test_changed_shards_are_made_again_with_verify(videos: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)
