@@ -23,8 +23,8 @@ _CHUNK_BYTES = 1 << 20
 
 LARGEST_PICKLE_BYTES = 2 << 20
 """Of `data.pkl` in a checkpoint; the paper's full model has 0.12 MB."""
-DEEPEST_TUPLE = 100
-"""Levels of tuples in tuples. torch.save makes three; hashing 100,000 overflows the stack and ends the process."""
+DEEPEST_TUPLE = 10
+"""Levels of tuples in tuples; torch.save makes three."""
 REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 """What may be called to make a tensor: views of the file's own storages."""
 EMPTY_CONTAINERS = ("collections.OrderedDict",)
@@ -285,7 +285,14 @@ def _instructions_problem(file: BinaryIO, strict: bool) -> str | None:
                 return f"it calls {called!r:.100} in a way that no checkpoint needs"
             stack.append(_depth(arguments))
         elif num_made:
+            # Hashing a tuple takes all that is in it: deep ones overflow the stack, and those that hold one other many
+            # times, level by level, take for ever.
+            deepest_key = 0 if strict else _DEEPEST_NAME
+            if name in _KEYS_OF and any(_depth(key) > deepest_key for key in taken[_KEYS_OF[name]]):
+                return "it uses a tuple as a key, expected names and numbers"
             depth = max(map(_depth, taken), default=0) + name.startswith("TUPLE")
+            if name in ("BINPERSID", "PERSID") and depth > _DEEPEST_NAME:
+                return "it names a storage by tuples in tuples"
             if depth > DEEPEST_TUPLE:
                 return f"it nests tuples more than {DEEPEST_TUPLE} deep"
             stack += [depth] * num_made
@@ -308,6 +315,10 @@ def _effect(operation: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
 _EFFECTS = {operation.name: _effect(operation) for operation in pickletools.opcodes}
 _PUTS = ("BINPUT", "LONG_BINPUT", "PUT")
 _GETS = ("BINGET", "LONG_BINGET", "GET")
+_KEYS_OF = {"SETITEM": slice(1, 2), "SETITEMS": slice(1, -1, 2)}
+"""Where in what an instruction takes, last first, the keys of a dictionary are."""
+_DEEPEST_NAME = 2
+"""Levels of tuples in what a storage is called (in the older format a view is part of it), and in a foreign key."""
 _PLAIN = (
     "BININT1", "BININT2", "BININT", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "NONE", "NEWTRUE", "NEWFALSE",
     "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET",

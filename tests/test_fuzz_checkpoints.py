@@ -326,7 +326,7 @@ def other_pickles(base: Base) -> Iterator[Mutant]:
     long = b"X" + struct.pack("<I", 100_000) + b"x" * 100_000 + b"q\x01"
     encode = b"c_codecs\nencode\nh\x01X\x06\x00\x00\x00utf-32\x86R0"
     yield mutant("amplified", b"\x80\x02" + long + encode * 2000 + b".", refused=True)
-    for depth in (90, 101, 10_000, 30_000):  # hashed on its way into a dictionary
+    for depth in (5, 9, 40, 10_000, 30_000):  # hashed on its way into a dictionary
         yield mutant(f"tuples-{depth}-deep", b"\x80\x02}N" + b"\x85" * depth + b"Ns.", refused=True)
         yield mutant(
             f"remembered-tuples-{depth}-deep",
@@ -336,6 +336,14 @@ def other_pickles(base: Base) -> Iterator[Mutant]:
         yield mutant(
             f"lists-{depth}-deep", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".", refused=True
         )
+    wide = b"}K\x01(" + b"N" * 1000 + b"tq\x01s" + (b"K\x01(" + b"h\x01" * 1000 + b"tq\x01s") * 3
+    for name, use in {
+        "key": b"h\x01Ns.",
+        "keys": b"(h\x01Nu.",
+        "storage": b"K\x02h\x01Qs.",
+        "storage-key": b"K\x02(X\x07\0\0\0storagectorch\nFloatStorage\nh\x01X\x03\0\0\0cpuK\x01tQs.",
+    }.items():
+        yield mutant(f"wide-tuples-as-{name}", b"\x80\x02" + wide + use, refused=True)
     yield mutant("contains-itself", b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", refused=True)
     yield mutant("too-large", b"\x80\x02" + b"}" * (2 << 20) + b".", refused=True)
     for name, junk in {
