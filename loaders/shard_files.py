@@ -6,7 +6,6 @@ of another slot: every video still comes once per epoch, with another of its sec
 Shards are files in a local folder, or come from a URL through a `ShardCache`.
 """
 
-import hashlib
 import logging
 import os
 import threading
@@ -27,7 +26,6 @@ from shards.storage import Retry
 
 CHECK_THREADS = 16  # for checks of sizes, which wait for the file system
 OPEN_SHARDS = 64  # per process: a file descriptor and an index in memory each
-HASH_BYTES = 1 << 20  # read at a time
 PROGRESS_SECONDS = 10.0  # between two lines about a long check
 SHARDS_IN_ERROR = 3  # named in an error
 READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before a failed read of a network file system is tried again
@@ -256,7 +254,7 @@ def _find_any_fault(folder: Path, entry: ShardEntry) -> str | None:
         return fault
     try:
         ShardReader(path).close()  # every line of the index
-        digest = _sha256(path)
+        digest = storage.file_sha256(path)
     except ValueError as error:
         return str(error)
     except OSError as error:
@@ -267,14 +265,6 @@ def _find_any_fault(folder: Path, entry: ShardEntry) -> str | None:
             f"or re-run make_shards"
         )
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(HASH_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        while length := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:length])
-    return digest.hexdigest()
 
 
 class OpenShards:

@@ -1,6 +1,5 @@
 """Is a folder of shards whole, and what is in it: verification, statistics, a contact sheet."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +15,8 @@ from shards.mp4 import decode, open_decoder, read_video_track
 from shards.reader import RawClip, ShardReader, find_shard_fault
 from shards.schema import FRAME_SIZES, FRAMES_PER_CLIP, WAV_HEADER, BadClip, shard_stem
 from shards.slicing import loudness_dbfs
+from shards.storage import file_sha256
 
-HASH_BYTES = 1 << 20
 MAX_PROBLEMS_PER_SHARD = 20
 THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT, WAVE_HEIGHT = 192, 144, 24
 """Pixels of one clip on the contact sheet: its picture and, below, its waveform."""
@@ -128,7 +127,7 @@ def _check_shard(
     fault = find_shard_fault(path, entry.num_clips, entry.bytes)
     if fault is not None:
         problem(fault)
-    elif _sha256(path) != entry.sha256:
+    elif file_sha256(path) != entry.sha256:
         problem("SHA-256 differs from the manifest; copy it again or make the shards again")
     try:
         reader = ShardReader(path)
@@ -212,14 +211,6 @@ def _check_slots(manifest: Manifest, videos_of: dict[int, dict[int, list[str]]])
     if repeated:
         problems.append(f"{len(repeated)} videos are in a slot more than once, for example {repeated[0]!r}")
     return problems
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(HASH_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def waveform(clip: RawClip) -> np.ndarray:

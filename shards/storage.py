@@ -187,7 +187,7 @@ def upload(
     """
     path, location = Path(path), os.fspath(location)
     num_bytes = path.stat().st_size
-    sha256 = sha256 or _sha256(path)
+    sha256 = sha256 or file_sha256(path)
     if size(location, retry) == num_bytes and checksum(location, retry) == sha256:
         return
     target = _local_path(location)
@@ -314,7 +314,7 @@ def checksum(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> str |
     path = _local_path(location)
     try:
         if path is not None:
-            return _retried("read", location, retry, lambda: _sha256(path))
+            return _retried("read", location, retry, lambda: file_sha256(path))
         if _protocol(location) in S3_PROTOCOLS:
             known = _retried(
                 "look at", location, retry, lambda: _call(location, "metadata", retry.stall_seconds)
@@ -324,7 +324,7 @@ def checksum(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> str |
         with tempfile.TemporaryDirectory(prefix="cmac-") as folder:
             target = Path(folder) / "file"
             download(location, target, retry=retry)
-            return _sha256(target)
+            return file_sha256(target)
     except FileNotFoundError:
         return None
 
@@ -568,13 +568,14 @@ def _contents_fault(path: Path, num_bytes: int | None, sha256: str | None) -> st
     if num_bytes is not None and have != num_bytes:
         return f"{have} bytes, expected {num_bytes}"
     if sha256 is not None:
-        digest = _sha256(path)
+        digest = file_sha256(path)
         if digest != sha256:
             return f"SHA-256 {digest[:12]}..., expected {sha256[:12]}..."
     return None
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a local file, hex digits; not tried again."""
     digest, buffer = hashlib.sha256(), bytearray(HASH_BYTES)
     with open(path, "rb", buffering=0) as file:
         while length := file.readinto(buffer):
