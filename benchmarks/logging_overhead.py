@@ -13,9 +13,7 @@ import dataclasses
 import io
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -85,7 +83,6 @@ def main() -> None:
     plain = dataclasses.replace(config, gradient_norms_every=0)
     measuring = dataclasses.replace(config, gradient_norms_every=1)
     training = Pretraining(plain, device, steps_per_epoch=1000)
-    loader = SimpleNamespace(bad_clips=Counter())
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         meter, log = Meter(training), RunLog(Path(folder), ENDLESS, 0)
 
@@ -95,7 +92,7 @@ def main() -> None:
 
         def write_row() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
-                log.write(meter.row(loader))
+                log.write(meter.row())
 
         times, failed = time_interleaved(
             {

@@ -56,7 +56,6 @@ class Meter:
         self._training = training
         self._first_step = training.step
         self._started_run = time.perf_counter()
-        self._bad_before = Counter(training.bad_clips)
         self._epoch = 0
         self._reset()
 
@@ -67,6 +66,7 @@ class Meter:
         self._sums = torch.zeros(len(self._MEANS), device=self._training.device)
         self._num_steps = 0
         self._num_clips = 0
+        self._bad: Counter[str] = Counter()
         self._gradients: GradientNorms | None = None
         self._gradient_step: int | None = None
 
@@ -82,9 +82,12 @@ class Meter:
         """Count a step that was left out: its clips and its time, not its losses."""
         self._clock.tick()
         self._num_clips += batch.num_clips
+        # Not the loader's count: it knows of batches that were fetched and not trained on, which come again.
+        bad = batch.bad if batch.second is None else (*batch.bad, *batch.second.bad)
+        self._bad.update(clip.reason for clip in bad)
         self._epoch = batch.epoch
 
-    def row(self, loader: Loader) -> Row:
+    def row(self) -> Row:
         """A log row over the steps since the last one, JSON-able; what is unknown or not finite is None.
 
         Losses and accuracies are means over ranks, clips are summed, and of times and memory the largest counts: the
@@ -102,7 +105,7 @@ class Meter:
             {
                 "means": sums,
                 "clips": self._num_clips,
-                "bad": dict(loader.bad_clips),
+                "bad": dict(self._bad),
                 "largest": [self.wait_seconds, median, longest, allocated, reserved, _host_memory()],
             }
         )
@@ -114,7 +117,8 @@ class Meter:
             max((value for value in values if value is not None), default=None)
             for values in zip(*(rank["largest"] for rank in ranks))
         )
-        training.bad_clips = sum((Counter(rank["bad"]) for rank in ranks), self._bad_before)
+        for rank in ranks:
+            training.bad_clips.update(rank["bad"])
         training.train_seconds += seconds
         per_step = (time.perf_counter() - self._started_run) / (training.step - self._first_step)
         scaler = training.trainer.scaler

@@ -414,14 +414,14 @@ class _Run:
                 self._window.check()
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; {self._advice()}") from error
-            row = self._meter.row(self._loader)
+            row = self._meter.row()
             if self._log is not None:
                 self._log.write(row)
         self._logged = self._training.step
 
     def _save(self, position: dict) -> None:
         """Write a checkpoint of the last step, with the loader at that position, unless there is one. All ranks must
-        call it; none of them leaves before it is written."""
+        call it; others than the first do not wait until it is written."""
         training = self._training
         if self._logged < training.step:
             self._write_row()

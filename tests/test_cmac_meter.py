@@ -18,6 +18,7 @@ from cmac.losses import LossConfig
 from cmac.meter import Meter, Row, measures_gradients, timed_batches
 from cmac.pretrain import Pretraining, pretrain
 from cmac.run_log import GROUPS
+from loaders.batch import BadClipRecord
 
 FIELDS = {
     "step", "epoch", "loss", "loss_contrastive", "loss_consistency", "accuracy_v2a", "accuracy_a2v", "learning_rate",
@@ -142,7 +143,7 @@ def test_adding_a_step_waits_for_nothing_and_a_row_does(training):
         meter.add_skipped(second)
     assert counter.count == {}
     with WaitCounter() as counter:
-        meter.row(loader)
+        meter.row()
     assert counter.count.total() > 0
 
 
@@ -152,15 +153,14 @@ def gather_with(**other: Any) -> Callable[[dict], list[dict]]:
 
 
 def test_of_several_ranks_losses_are_means_clips_sums_and_times_those_of_the_slowest(training):
-    meter, loader = Meter(training), FakeLoader()
-    taken(training, meter, next(iter(loader)))
-    loader.bad_clips["checksum"] += 2
+    meter, bad = Meter(training), BadClipRecord(key="a", shard="s", reason="checksum")
+    taken(training, meter, dataclasses.replace(next(iter(FakeLoader())), bad=(bad, bad)))
     meter.wait_seconds = 0.001
     largest = [0.25, 40.0, 50.0, 6e9, 7e9, 2**50]
     other = gather_with(means=[0.0] * 5, clips=36, bad={"checksum": 1, "decode-error": 4}, largest=largest)
     training.agreement = SimpleNamespace(gather=lambda own: told.append(own) or other(own))
     told: list[dict] = []
-    row = meter.row(loader)
+    row = meter.row()
     assert row["loss"] == pytest.approx(told[0]["means"][0] / 2)
     assert row["bad_clips_by_reason"] == {"checksum": 3, "decode-error": 4} and row["bad_clips"] == 7
     assert row["data_wait_seconds"] == 0.25
@@ -174,7 +174,7 @@ def test_steps_that_were_left_out_count_clips_and_time_and_no_losses(training):
     meter, loader = Meter(training), FakeLoader()
     training.step, training.trainer.skipped_steps = 1, 1
     meter.add_skipped(next(iter(loader)))
-    row = meter.row(loader)
+    row = meter.row()
     assert row["loss"] is None and row["accuracy_v2a"] is None and row["gradient_norm"] is None
     assert row["skipped_steps"] == 1 and row["clips_per_second"] > 0 and row["step_seconds_max"] > 0
 
@@ -182,7 +182,7 @@ def test_steps_that_were_left_out_count_clips_and_time_and_no_losses(training):
 def test_figures_that_are_not_finite_are_null(training):
     meter, loader = Meter(training), FakeLoader(nan_at=[(0, 0)])
     taken(training, meter, next(iter(loader)))
-    row = meter.row(loader)
+    row = meter.row()
     assert row["loss"] is None and row["gradient_norm"] is None
     json.loads(json.dumps(row), parse_constant=refuse)
 
@@ -194,7 +194,7 @@ def test_the_longest_step_is_that_which_took_longest(training):
     for pause in (0.0, 0.2, 0.0):
         time.sleep(pause)
         meter.add_skipped(batch)
-    row = meter.row(loader)
+    row = meter.row()
     assert row["step_seconds_max"] >= 0.2 > row["step_seconds_median"] > 0
 
 
@@ -221,8 +221,8 @@ def test_memory_of_the_gpu_is_the_largest_since_the_last_row(tmp_path):
     taken(training, meter, next(batches))
     held = torch.empty(2**28, dtype=torch.uint8, device=device)
     del held
-    large = meter.row(loader)
+    large = meter.row()
     taken(training, meter, next(batches))
-    small = meter.row(loader)
+    small = meter.row()
     assert large["gpu_memory_allocated_bytes"] > 2**28 > small["gpu_memory_allocated_bytes"] > 0
     assert small["gpu_memory_reserved_bytes"] >= 2**28 and small["step_seconds_max"] > 0
