@@ -85,9 +85,10 @@ def main() -> None:
         try:
             with stop.interruptible():
                 config = parse(sys.argv[1:])
+                # Not watched: with loader.verify_shards "sha256" it may rightly take hours, and says how far it is.
+                config, loader, device = _build_loader(config, rank, world_size)
                 watchdog = Watchdog(Path(config.run_dir) / "stacks", rank, config.hang_seconds)
                 until_end.enter_context(watchdog)
-                config, loader, device = _build_loader(config, rank, world_size)
                 training = start(config, loader, device)
         except Stopped:
             _leave(f"{stop.received.name}: the run stops before its first step", 0)
@@ -223,9 +224,9 @@ def _fail(error: Exception, told: tuple[type[Exception], ...]) -> NoReturn:
     if isinstance(error, told):
         message = f"train.py: {rank}{error}"
     elif dist.is_initialized() and is_lost_connection(error):
-        # Every rank but the one that failed first comes here: its traceback would bury that one's message.
-        first_line = str(error).splitlines()[0]
-        message = f"train.py: {rank}lost another rank in the step ({first_line}); its own message tells why"
+        # Every rank but the one that failed first comes here: its traceback would bury that one's message. All of the
+        # error's own text is told, as what NCCL itself complains of (a GPU that two ranks share) is in its last lines.
+        message = f"train.py: {rank}cannot talk to the other ranks; if one ended, its own message tells why: {error}"
     else:
         message = f"{rank}{''.join(traceback.format_exception(error))}"
     _leave(message, 1)

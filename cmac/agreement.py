@@ -31,6 +31,9 @@ class Agreement:
 
     Args:
         hang_seconds: after which the watchdog ends a rank; a collective waits for longer than that. 0: for ever.
+
+    Raises:
+        ValueError: the ranks' machines cannot reach each other.
     """
 
     def __init__(self, hang_seconds: float) -> None:
@@ -38,7 +41,14 @@ class Agreement:
         self.num_ranks = num_ranks()
         if self.num_ranks > 1:
             seconds = max(2 * hang_seconds, LEAST_TIMEOUT_SECONDS) if hang_seconds else 10 * 365 * 86400.0
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            try:
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            except RuntimeError as error:
+                # Where the name of a machine leads to 127.0.0.1, though NCCL finds its way.
+                raise ValueError(
+                    f"this rank cannot reach the others over gloo ({str(error).splitlines()[0]}); unless one of them "
+                    "has ended, name the machine's network interface in the variable GLOO_SOCKET_IFNAME"
+                ) from error
 
     def outlook(self, *, stop: bool, failed: bool) -> Outlook:
         """Whether all ranks can take the next step: one small all-reduce, which waits for the slowest rank's batch.

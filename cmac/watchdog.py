@@ -93,7 +93,7 @@ class Watchdog:
         try:
             self._write(what)
             what += f"; where all threads are is in {self._path}"
-        except OSError as error:  # the file system may be what hangs
+        except Exception as error:  # whatever it is, the process has to end
             what += f"; {self._path} cannot be written ({error})"
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         what += "; ends with status 1, the same command goes on from the last checkpoint\n"

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from fake_runs import CPU, FakeLoader, config
 
+from cmac import agreement
 from cmac import pretrain as pretrain_module
 from cmac.checkpoint import list_checkpoints, read_checkpoint
 from cmac.nonfinite import tensors_not_finite
@@ -93,6 +94,24 @@ def test_a_signal_while_data_stalls_ends_the_run_at_once(tmp_path):
     assert checkpoints(tmp_path) == [3] and stop.received == signal.SIGTERM
 
 
+def test_a_batch_that_was_fetched_and_not_trained_on_counts_once(tmp_path):
+    """With its bad clip: it comes again when the run goes on. Of several ranks those that have theirs wait so."""
+
+    class Stopping(FakeLoader):
+        def _batch(self, step: int) -> ClipBatch:
+            batch = super()._batch(step)
+            if batch.bad:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batch
+
+    loader = Stopping()
+    training = start(config(tmp_path, max_steps=4), loader, CPU)
+    with StopSignals() as stop:
+        assert run(training, loader, stop) is False
+    assert checkpoints(tmp_path) == [3] and loader.bad_clips.total() == 1
+    assert pretrain(config(tmp_path, max_steps=4), FakeLoader(), CPU).bad_clips == {"decode-error": 1}
+
+
 def test_a_signal_before_the_first_step_leaves_no_checkpoint(tmp_path):
     loader = FakeLoader()
     training = start(config(tmp_path), loader, CPU)
@@ -109,6 +128,20 @@ def test_handlers_are_put_back():
     with StopSignals():
         assert all(signal.getsignal(number) != handler for number, handler in before.items())
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_machines_that_do_not_reach_each_other_are_told_the_way_out(monkeypatch):
+    def refused(**options: object) -> None:
+        raise RuntimeError(
+            "[gloo/transport/tcp/pair.cc:446] Connection refused, remote=[127.0.1.1]:3217\nmore"
+        )
+
+    monkeypatch.setattr(agreement, "num_ranks", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", refused)
+    with pytest.raises(
+        ValueError, match=r"refused, remote=\[127.0.1.1\]:3217\); unless .* GLOO_SOCKET_IFNAME"
+    ):
+        agreement.Agreement(60.0)
 
 
 # Two ranks. What happens to the second one is listed by scenario: changes of the configuration, and of its run.

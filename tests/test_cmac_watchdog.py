@@ -90,6 +90,11 @@ def test_a_folder_that_cannot_be_written_does_not_keep_the_stacks_back(tmp_path)
     assert "cannot be written" in done.stderr and "in waits_for_ever" in done.stderr
 
 
+def test_whatever_fails_while_stacks_are_written_the_process_ends(tmp_path):
+    done = hang(tmp_path, "module.descendants = lambda parent: 1 / 0; waits_for_ever()")
+    assert done.returncode == 1 and "cannot be written (division by zero)" in done.stderr
+
+
 def test_steps_in_time_a_long_start_and_no_limit_let_a_run_live(tmp_path):
     done = hang(
         tmp_path,

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -259,3 +260,31 @@ def test_a_preset_and_its_overrides_become_the_configuration():
     config = train.parse(["pretrain-k400", "--loader.global-batch-size", "64", "--loss.no-within-negatives"])
     assert config.loader.global_batch_size == 64 and config.loader.video.color_jitter
     assert not config.loss.within_negatives and config.optimizer.learning_rate == 0.01
+
+
+def test_checking_shards_may_take_longer_than_a_hang(monkeypatch, capsys):
+    """The checksums of terabytes are read before the watchdog begins."""
+
+    def build(*arguments: object) -> None:
+        raise ValueError(f"watched: {'watchdog' in {thread.name for thread in threading.enumerate()}}")
+
+    monkeypatch.setattr(train, "_build_loader", build)
+    monkeypatch.setattr(train.StopSignals, "ignore", lambda self: None)  # tests go on in this process
+    monkeypatch.setattr(sys, "argv", ["train.py", "demo"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "watched: False" in capsys.readouterr().err
+
+
+def test_what_nccl_complains_of_is_told(monkeypatch):
+    """In its first line it says no more than that something failed."""
+    told = []
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(train, "_leave", lambda message, status: told.append((message, status)))
+    error = train.dist.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0"
+    )
+    train._fail(error, (ValueError,))
+    ((message, status),) = told
+    assert message.startswith("train.py: rank 1: ") and "Duplicate GPU detected" in message and status == 1
