@@ -18,6 +18,7 @@ from lives import LONGEST_SECONDS, ROOT, Life, Lives, can_mount
 from loaders_media import write_shards
 
 from cmac.checkpoint import list_checkpoints, newest_valid_checkpoint, read_state, verify_checkpoint
+from cmac.watchdog import descendants
 
 NUM_KILLS = 20
 NUM_STEPS = 44
@@ -226,19 +227,3 @@ def test_two_ranks_killed_under_torchrun_end_where_two_that_were_not_do(lives, f
     assert again.returncode == 0, again.stderr[-3000:]
     assert "going on from" in again.stdout
     assert_identical(final_state(run_dir), final_state(folder / "two-unbroken"))
-
-
-def descendants(pid: int) -> list[int]:
-    """Ids of the processes below a process."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(") ")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    found, layer = [], [pid]
-    while layer:
-        layer = [child for child, parent in parents.items() if parent in layer]
-        found += layer
-    return found
