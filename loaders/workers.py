@@ -606,6 +606,9 @@ def _start_worker(worker: int) -> None:
 def _obey_parent() -> None:
     """Ends this process at a SIGTERM of the training process; those of others are dropped, see `_signals_held`."""
     parent = multiprocessing.parent_process()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent it
+        signal.sigwait({signal.SIGTERM})
+        os._exit(0)
     while parent is not None:
         if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
             os._exit(0)

@@ -121,7 +121,7 @@ class ShardConfig:
         for name, least in (
             ("workers", 1), ("videos_per_shard", 1), ("timeout_seconds", 1), ("max_source_bytes", 1), ("seed", 0)
         ):  # fmt: skip
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nan is not
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
 
     @property

@@ -29,6 +29,7 @@ from benchmarks.roofline import Costs, step_costs
 from cmac.config import PRESETS, RunConfig
 from cmac.planning import ESTIMATES, Hardware, Rate, Rates, Training, exactly, plan
 from shards.pool import cpu_model, usable_cores
+from shards.storage import is_url
 
 ELEMENT_BYTES = 2
 """bf16."""
@@ -457,6 +458,8 @@ def measure_here(folder: str) -> dict[str, Rate]:
     from benchmarks.make_shards import make_videos
     from shards.make import DRY_RUN_VIDEOS, ShardConfig, estimate_shards, list_videos
 
+    if is_url(folder):
+        raise ValueError(f"--measured-here is {folder}, expected a folder of this machine: copy a few videos to it")
     with tempfile.TemporaryDirectory(prefix="cmac-plan-") as temporary:
         if not folder:
             os.mkdir(f"{temporary}/videos")
