@@ -277,13 +277,14 @@ def _instructions_problem(file: BinaryIO, strict: bool) -> str | None:
             if strict and not _is_known(called):
                 return f"it asks for {called!r:.100}, which no checkpoint needs"
             stack.append(called)
-        elif strict and name in ("REDUCE", "NEWOBJ"):
+        elif name in ("REDUCE", "NEWOBJ"):
             arguments, called = taken
-            if name == "NEWOBJ" or not (
-                called in REBUILD or (called in EMPTY_CONTAINERS and arguments == _NOTHING)
-            ):
+            known = called in REBUILD or (called in EMPTY_CONTAINERS and arguments == _NOTHING)
+            if strict and (name == "NEWOBJ" or not known):
                 return f"it calls {called!r:.100} in a way that no checkpoint needs"
-            stack.append(_depth(arguments))
+            stack.append(_depth(arguments) if called == "torch.Size" else 0)
+        elif name == "BUILD":
+            stack.append(taken[1])
         elif num_made:
             # Hashing a tuple takes all that is in it: deep ones overflow the stack, and those that hold one other many
             # times, level by level, take for ever.
