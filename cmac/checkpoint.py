@@ -89,7 +89,10 @@ def _is_whole(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _is_whole_as(path: Path, inode: int, size: int, changed: int) -> bool:
-    return path.is_file() and (is_unchanged(path) or verify_checkpoint(path) is None)
+    try:
+        return path.is_file() and (is_unchanged(path) or verify_checkpoint(path) is None)
+    except OSError:  # of a bad disk, or another user's: no reason to end a run that has just saved itself
+        return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

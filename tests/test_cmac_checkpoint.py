@@ -8,6 +8,7 @@ import resource
 import struct
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -165,6 +166,19 @@ def test_a_whole_checkpoint_is_verified_once_for_pruning(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "_checksum", lambda file: checked.append(file.name) or real(file))
     save(tmp_path, 1, 2, 3, 4, keep=3)
     assert sorted(Path(path).name for path in checked) == [f"step_0000000{step}.pt" for step in (1, 2, 3)]
+
+
+def test_an_old_checkpoint_that_cannot_be_read_does_not_end_a_run_that_has_saved_itself(
+    tmp_path, monkeypatch
+):
+    save(tmp_path, 1)
+
+    def unreadable(file: BinaryIO) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(archive, "_checksum", unreadable)
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step_00000001.pt", "step_00000002.pt"]
 
 
 def test_a_run_folder_is_loaded_from_its_newest_whole_checkpoint_with_a_warning(tmp_path, caplog):
