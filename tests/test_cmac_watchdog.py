@@ -19,6 +19,8 @@ from cmac.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 1.0
+RANKS_HANG_SECONDS = 6.0
+"""Where steps are taken, with a log row and TensorBoard: a busy machine has been seen to take seconds for one."""
 
 
 def hang(folder: Path, body: str) -> subprocess.CompletedProcess:
@@ -122,7 +124,7 @@ def _rank(rank: int, folder: str) -> None:
         if rank == 1 and step == 3:
             time.sleep(300)
 
-    wanted = config(Path(folder) / "run", hang_seconds=HANG_SECONDS)
+    wanted = config(Path(folder) / "run", hang_seconds=RANKS_HANG_SECONDS)
     loader = FakeLoader(before=stall, rank=rank)
     training = start(wanted, loader, CPU)
     with Watchdog(Path(wanted.run_dir) / "stacks", rank, wanted.hang_seconds) as watchdog:
