@@ -168,6 +168,25 @@ def test_ray_starts_again_what_a_dead_node_had(ray: Any, monkeypatch: pytest.Mon
     assert outcomes == [("a", "A")] and not deaths
 
 
+def test_ray_without_a_machine_is_an_error_here_and_a_warning_on_a_cluster(
+    ray: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = [{"Alive": False, "Resources": {"CPU": 2.0}}]
+    monkeypatch.setattr(ray_engine, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(ray, "nodes", lambda: dead)
+    for address in (None, "auto"):
+        jobs = [2.0]
+        outcomes = ray_engine.run_jobs(time.sleep, lambda: jobs.pop() if jobs else None, 2, 30, address)  # noqa: B023
+        if address is None:
+            with pytest.raises(
+                OSError, match="the Ray of this machine has ended; run the same command again"
+            ):
+                list(outcomes)
+        else:
+            assert list(outcomes) == [(2.0, None)]
+            assert "no machine of the Ray cluster at auto has a CPU" in caplog.text
+
+
 def test_ray_gets_no_more_tasks_than_workers(ray: Any, tmp_path: Path) -> None:
     started = []
 

@@ -16,10 +16,14 @@ from typing import Any
 
 from shards.pool import JobFailed, Lost, attempt
 
+log = logging.getLogger(__name__)
+
 NODE_DEATHS = 10
 """A job is started again without further ado when its machine goes, but not more often."""
 STARTS = 3
 """A Ray of this machine may be late on a busy one, and has no option for how long is waited for it."""
+LOOK_SECONDS = 10.0
+"""While no task starts or ends, it is looked so often whether there is a machine at all."""
 OBJECT_STORE_BYTES = 100 << 20
 """Of a Ray of this machine. Results are small."""
 
@@ -50,6 +54,7 @@ def run_jobs(
 
     Raises:
         JobFailed: a job raised, or Ray could not run it.
+        OSError: the Ray of this machine has ended.
         ValueError: Ray is not installed, or there is no cluster at `address`.
     """
     with _joined(num_workers, address) as ray:
@@ -63,8 +68,10 @@ def run_jobs(
                     return
                 wait = min(task.deadline or float("inf") for task in tasks) - time.monotonic()
                 ready, _ = ray.wait(
-                    [task.stream for task in tasks], num_returns=1, timeout=min(max(wait, 0), 60.0)
+                    [task.stream for task in tasks], num_returns=1, timeout=min(max(wait, 0), LOOK_SECONDS)
                 )
+                if not ready:
+                    _check_machines(ray, address)
                 for task in list(tasks):
                     if any(task.stream is stream for stream in ready):
                         try:
@@ -111,6 +118,18 @@ def _machine_errors(ray: Any) -> tuple[type[Exception], ...]:
     """What tells of the end of a machine, for which no job can be blamed."""
     errors = ray.exceptions
     return (errors.NodeDiedError, errors.ObjectLostError, errors.LocalRayletDiedError)
+
+
+def _check_machines(ray: Any, address: str | None) -> None:
+    """Without a machine, tasks wait for ever: an error if it was this one, else a warning, as others may come."""
+    if any(node["Alive"] and node["Resources"].get("CPU") for node in ray.nodes()):
+        return
+    if address is None:
+        raise OSError(
+            "the Ray of this machine has ended; run the same command again, it goes on where it stopped (short of "
+            "memory? lower --workers)"
+        )
+    log.warning("no machine of the Ray cluster at %s has a CPU; waiting for one", address)
 
 
 @contextmanager
