@@ -14,12 +14,16 @@ if __name__ == "__main__":
 
 import dataclasses
 import difflib
+import fcntl
 import inspect
 import json
 import logging
+import socket
 import sys
+import time
 import traceback
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +40,9 @@ from loaders import Loader, build_loader
 from loaders.base import TooManyBadClips, WorkerDied
 from loaders.probe import resolve_backend
 from shards.pool import usable_cores
+
+HELD_SECONDS = 150.0
+"""So long a run folder is waited for: network file systems notice late that a machine with a lock is gone."""
 
 
 def parse(arguments: list[str]) -> RunConfig:
@@ -87,6 +94,8 @@ def main() -> None:
                 config = parse(sys.argv[1:])
                 # Not watched: with loader.verify_shards "sha256" it may rightly take hours, and says how far it is.
                 config, loader, device = _build_loader(config, rank, world_size)
+                if rank == 0:
+                    until_end.enter_context(hold_run(Path(config.run_dir)))
                 watchdog = Watchdog(Path(config.run_dir) / "stacks", rank, config.hang_seconds)
                 until_end.enter_context(watchdog)
                 training = start(config, loader, device)
@@ -104,6 +113,46 @@ def main() -> None:
             loader.close()
         if world_size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def hold_run(run_dir: Path, wait_seconds: float = HELD_SECONDS) -> Iterator[None]:
+    """Inside, no other training writes to run_dir. The lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another training has held it for all of wait_seconds.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / "lock", "a+", encoding="utf-8") as file:
+        deadline, told = time.monotonic() + wait_seconds, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                if time.monotonic() >= deadline:
+                    raise ValueError(
+                        f"{run_dir} is in training by {holder}, expected nobody; end that one, or choose another "
+                        "run_dir"
+                    ) from None
+                if not told:
+                    _say(
+                        f"{run_dir} is in training by {holder}: waiting up to {wait_seconds:g} s for its end"
+                    )
+                    told = True
+                time.sleep(min(0.5, wait_seconds))
+            except OSError as error:
+                _say(
+                    f"{run_dir} is on a file system without locks ({error}): do not train there twice at once"
+                )
+                break
+        with suppress(OSError):  # a disk that is full
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
 
 
 def _build_loader(config: RunConfig, rank: int, world_size: int) -> tuple[RunConfig, Loader, torch.device]:

@@ -25,11 +25,11 @@ from loaders.dali_video import DaliDecoder, DecodedClips, EncodedClips, is_scale
 from loaders.decode import waveform_samples
 from loaders.device import DeviceBatch
 from loaders.kernels.frames import DTYPES, finish_frames
-from shards.mp4 import read_video_track
 from loaders.plan import PADDING
 from loaders.shard_files import OpenShards
 from loaders.video_ops import frame_parameters, mean_grey
 from loaders.workers import FilledPart, assemble_batch
+from shards.mp4 import read_video_track
 from shards.reader import RawClip
 from shards.schema import FRAMES_PER_CLIP, SHORT_SIDE, BadClip
 

@@ -51,7 +51,9 @@ from shards.pool import without_main_module
 from shards.schema import SAMPLES_PER_CLIP, BadClip, ClipInfo
 from shards.storage import is_url
 
-HANG_SECONDS = 1200.0  # for one batch; a worker that makes none for longer is ended
+HANG_SECONDS = (
+    900.0  # for one batch; a worker that makes none for longer is ended, before a rank that hangs is
+)
 CLOSE_SECONDS = 5.0  # for workers to end by themselves
 STACK_SECONDS = 1.0  # for a worker to write down where it hangs
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # ask a run to stop

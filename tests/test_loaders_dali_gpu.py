@@ -22,9 +22,9 @@ from loaders.augment import draw_augmentation
 from loaders.batch import ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig, gdt_audio_config
 from loaders.decode import uniform_frame_indices
-from shards.mp4 import VideoTrack, read_video_track
 from loaders.portable import PortableLoader
 from loaders.video_ops import color_jitter, mean_grey, normalize_frames
+from shards.mp4 import VideoTrack, read_video_track
 from shards.reader import RawClip
 from shards.schema import FRAMES_PER_CLIP, BadClip
 

@@ -288,3 +288,31 @@ def test_what_nccl_complains_of_is_told(monkeypatch):
     train._fail(error, (ValueError,))
     ((message, status),) = told
     assert message.startswith("train.py: rank 1: ") and "Duplicate GPU detected" in message and status == 1
+
+
+def test_a_run_folder_is_trained_in_by_one_process_at_a_time(tmp_path, capsys):
+    with train.hold_run(tmp_path / "run"):
+        with pytest.raises(ValueError, match=rf"in training by process {os.getpid()} on .*; end that one"):
+            with train.hold_run(tmp_path / "run", wait_seconds=0.2):
+                pass
+        assert "waiting up to 0.2 s for its end" in capsys.readouterr().out
+    with train.hold_run(tmp_path / "run", wait_seconds=0):
+        pass
+
+
+def test_a_killed_training_does_not_keep_its_folder(tmp_path):
+    """And one that lives does: of a torchrun that was killed alone, the ranks train on."""
+    code = "import pathlib, sys, time, train\nwith train.hold_run(pathlib.Path(sys.argv[1])):"
+    code += "\n    print('held', flush=True)\n    time.sleep(300)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=f"in training by process {process.pid} on "):
+                with train.hold_run(tmp_path, wait_seconds=0):
+                    pass
+        finally:
+            process.kill()
+        process.wait()
+    with train.hold_run(tmp_path, wait_seconds=0):
+        pass

@@ -459,7 +459,9 @@ def measure_here(folder: str) -> dict[str, Rate]:
     from shards.make import DRY_RUN_VIDEOS, ShardConfig, estimate_shards, list_videos
 
     if is_url(folder):
-        raise ValueError(f"--measured-here is {folder}, expected a folder of this machine: copy a few videos to it")
+        raise ValueError(
+            f"--measured-here is {folder}, expected a folder of this machine: copy a few videos to it"
+        )
     with tempfile.TemporaryDirectory(prefix="cmac-plan-") as temporary:
         if not folder:
             os.mkdir(f"{temporary}/videos")
