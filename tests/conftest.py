@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import logging
 import multiprocessing
 import os
 import re
@@ -59,6 +60,18 @@ def exact_float32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    """train.main sets up the loggers of its process, which here is that of all tests."""
+    loggers = [logging.getLogger(name) for name in ("cmac", "loaders", "loaders.kernels", "shards")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
