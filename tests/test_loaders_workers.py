@@ -3,6 +3,8 @@
 import re
 import subprocess
 import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
 
 import pytest
 
@@ -53,7 +55,16 @@ def build(**changes) -> Loader:
     return Loader(config, 0, 1, table, Videos())
 
 
-def test_a_worker_ignores_signals_of_others_and_is_named_when_it_hangs(capfd):
+@pytest.fixture
+def captured_workers(capfd: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+    """capfd for what workers print, too: their fork server, which earlier tests may have started, has the standard
+    error of its start."""
+    forkserver._forkserver._stop()
+    yield capfd
+    forkserver._forkserver._stop()
+
+
+def test_a_worker_ignores_signals_of_others_and_is_named_when_it_hangs(captured_workers):
     loader = build()
     batches = iter(loader)
     assert [next(batches).keys for _ in range(2)] == [("0",), ("1",)]
@@ -69,7 +80,7 @@ def test_a_worker_ignores_signals_of_others_and_is_named_when_it_hangs(capfd):
         while True:
             next(batches)
     assert not any(process.is_alive() for process in processes)
-    stacks = capfd.readouterr().err
+    stacks = captured_workers.readouterr().err
     assert re.search(r"test_loaders_workers.py\", line \d+ in make", stacks)
 
 
