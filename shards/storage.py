@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -273,16 +274,8 @@ def size(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> int | Non
     Raises:
         SourceError: the location could not be asked.
     """
-    location = os.fspath(location)
-    path = _local_path(location)
-    try:
-        if path is not None:
-            found = _retried("look at", location, retry, path.stat)
-            return found.st_size if path.is_file() else None
-        info = _retried("look at", location, retry, lambda: _call(location, "info", retry.stall_seconds))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return info.get("size") if info.get("type") == "file" else None
+    info = _info(os.fspath(location), retry)
+    return info.get("size") if info is not None and info.get("type") == "file" else None
 
 
 def exists(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> bool:
@@ -291,16 +284,19 @@ def exists(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> bool:
     Raises:
         SourceError: the location could not be asked.
     """
-    location = os.fspath(location)
+    return _info(os.fspath(location), retry) is not None
+
+
+def _info(location: str, retry: Retry) -> dict[str, Any] | None:
+    """fsspec's description of what is at a location, `type` and `size` of a local path alone; None: nothing is."""
     path = _local_path(location)
     try:
         if path is not None:
-            _retried("look at", location, retry, path.stat)
-        else:
-            _retried("look at", location, retry, lambda: _call(location, "info", retry.stall_seconds))
+            found = _retried("look at", location, retry, path.stat)
+            return {"type": "file" if stat.S_ISREG(found.st_mode) else "other", "size": found.st_size}
+        return _retried("look at", location, retry, lambda: _call(location, "info", retry.stall_seconds))
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return None
 
 
 def checksum(location: str | os.PathLike, retry: Retry = DEFAULT_RETRY) -> str | None:

@@ -525,14 +525,14 @@ def test_s3_as_source_target_and_work_area_of_worker_processes_gives_the_bytes_o
 
 def write_lease(**changes: object) -> None:
     lease = {"host": socket.gethostname(), "pid": os.getpid(), "token": "other", "time": time.time()}
-    storage.write_bytes("memory://bucket/work/lease.json", json.dumps({**lease, **changes}).encode())
+    storage.write_bytes("memory://bucket/area/lease.json", json.dumps({**lease, **changes}).encode())
 
 
 def test_lease_is_respected_while_alive_and_taken_over_when_its_run_is_gone(
     memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards.lease, "SETTLE_SECONDS", 0)
-    work = "memory://bucket/work"
+    work = "memory://bucket/area"
     for alive in ({}, {"host": "elsewhere", "pid": 1, "time": time.time() - 200}):
         write_lease(**alive)
         with pytest.raises(ValueError, match="written by another make_shards.*taken over 300 s after"):
@@ -550,7 +550,7 @@ def test_run_whose_lease_was_taken_over_stops(
 ) -> None:
     monkeypatch.setattr(shards.lease, "SETTLE_SECONDS", 0)
     monkeypatch.setattr(shards.lease, "HEARTBEAT_SECONDS", 0.02)
-    with shards.lease.held("memory://bucket/work", "OUT") as check:
+    with shards.lease.held("memory://bucket/area", "OUT") as check:
         time.sleep(0.1)
         check()  # renewed
         write_lease()
@@ -559,7 +559,7 @@ def test_run_whose_lease_was_taken_over_stops(
             while time.monotonic() < deadline:
                 check()
                 time.sleep(0.01)
-    assert b"other" in storage.read_bytes("memory://bucket/work/lease.json")  # it is not ours to delete
+    assert b"other" in storage.read_bytes("memory://bucket/area/lease.json")  # it is not ours to delete
 
 
 # The command line.
