@@ -2,7 +2,6 @@
 nothing takes them for anything but names."""
 
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -11,15 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrow_run import save_narrow_run
 
 import tools.check_shards
 import tools.make_shards
 import tools.retrieve
-from cmac.checkpoint import build_model, save_checkpoint
-from cmac.config import demo
-from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.evaluation.results import read_results
-from cmac.model import ModelConfig
 from cmac.pretrain import record_bad_clips
 from loaders import build_loader
 from loaders.config import LoaderConfig, VideoConfig
@@ -164,18 +160,7 @@ def test_bad_clips_are_listed_by_name(videos: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(place: Path) -> Path:
-    config = demo()
-    model = ModelConfig(
-        video=VideoEncoderConfig(widths=(8, 16), blocks=(1, 1), stem_width=5),
-        audio=AudioEncoderConfig(widths=(8, 16), blocks=(1, 1)),
-        filter_channels=16,
-        embedding_dim=8,
-        queue_length=8,
-    )
-    video = dataclasses.replace(config.loader.video, num_frames=4, short_side=36, crop_size=32)
-    config = dataclasses.replace(config, model=model, loader=dataclasses.replace(config.loader, video=video))
-    state = {"model": build_model(config).state_dict(), "commit": "abc1234567"}
-    save_checkpoint(place / "run" / "[/b]\udcff" / "checkpoints", 1, config, state, keep=1)
+    save_narrow_run(place / "run" / "[/b]\udcff")
     return place / "run" / "[/b]\udcff"
 
 

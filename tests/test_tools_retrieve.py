@@ -10,14 +10,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from narrow_run import save_narrow_run
 
 import tools.retrieve as retrieve
-from cmac.checkpoint import build_model, save_checkpoint
-from cmac.config import demo
-from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
 from cmac.evaluation.features import extract_features
 from cmac.evaluation.results import Result, read_results
-from cmac.model import ModelConfig
 from loaders.batch import ClipBatch
 from tools.make_synthetic_videos import make_flash_beep_video
 
@@ -40,19 +37,7 @@ def surroundings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a narrow network whose weights are those of seed 5."""
     folder = tmp_path_factory.mktemp("run")
-    config = demo()
-    model = ModelConfig(
-        video=VideoEncoderConfig(widths=(8, 16), blocks=(1, 1), stem_width=5),
-        audio=AudioEncoderConfig(widths=(8, 16), blocks=(1, 1)),
-        filter_channels=16,
-        embedding_dim=8,
-        queue_length=8,
-    )
-    video = dataclasses.replace(config.loader.video, num_frames=4, short_side=36, crop_size=32)
-    config = dataclasses.replace(config, model=model, loader=dataclasses.replace(config.loader, video=video))
-    torch.manual_seed(5)
-    state = {"model": build_model(config).state_dict(), "commit": "abc1234567"}
-    save_checkpoint(folder / "checkpoints", 1, config, state, keep=1)
+    save_narrow_run(folder)
     return folder
 
 
