@@ -264,9 +264,9 @@ def slurm_machine(tmp_path: Path, torchrun: str) -> dict[str, str]:
         f"""{STAND_IN}
 while [[ $1 == --* ]]; do shift; done
 set -m
+trap 'kill -USR1 -- -$!' USR1 # before the step, which may be ready to get it first
 "$@" &
 step=$!
-trap 'kill -USR1 -- -$step' USR1
 while wait $step; status=$?; kill -0 $step 2>/dev/null; do :; done
 exit $status""",
     )

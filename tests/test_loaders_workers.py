@@ -2,9 +2,9 @@
 
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +14,7 @@ from loaders.config import AudioConfig, LoaderConfig, VideoConfig
 from loaders.workers import ClipOutputs, WorkerLoader
 from shards.schema import BadClip
 
+ROOT = Path(__file__).parents[1]
 HANGS = 7  # videos before the one at which a worker hangs
 SMALL = {
     "video": VideoConfig(num_frames=1, short_side=8, crop_size=8),
@@ -55,16 +56,17 @@ def build(**changes) -> Loader:
     return Loader(config, 0, 1, table, Videos())
 
 
-@pytest.fixture
-def captured_workers(capfd: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
-    """capfd for what workers print, too: their fork server, which earlier tests may have started, has the standard
-    error of its start."""
-    forkserver._forkserver._stop()
-    yield capfd
-    forkserver._forkserver._stop()
+def run_into_the_hang() -> None:
+    loader = build()
+    batches = iter(loader)
+    next(batches)
+    loader._workers._hang_seconds = 0.5
+    with pytest.raises(WorkerDied):
+        while True:
+            next(batches)
 
 
-def test_a_worker_ignores_signals_of_others_and_is_named_when_it_hangs(captured_workers):
+def test_a_worker_ignores_signals_of_others_and_is_named_when_it_hangs():
     loader = build()
     batches = iter(loader)
     assert [next(batches).keys for _ in range(2)] == [("0",), ("1",)]
@@ -80,8 +82,14 @@ def test_a_worker_ignores_signals_of_others_and_is_named_when_it_hangs(captured_
         while True:
             next(batches)
     assert not any(process.is_alive() for process in processes)
-    stacks = captured_workers.readouterr().err
-    assert re.search(r"test_loaders_workers.py\", line \d+ in make", stacks)
+
+
+def test_a_worker_that_hangs_shows_where():
+    """In a process of its own: workers print where their fork server did when it started."""
+    code = "from tests import test_loaders_workers; test_loaders_workers.run_into_the_hang()"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert re.search(r"test_loaders_workers.py\", line \d+ in make", result.stderr)
 
 
 def test_closing_does_not_wait_for_a_worker_that_hangs(monkeypatch):
