@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import difflib
-import fcntl
 import inspect
 import json
 import logging
@@ -39,6 +38,7 @@ from cmac.watchdog import Watchdog
 from loaders import Loader, build_loader
 from loaders.base import TooManyBadClips, WorkerDied
 from loaders.probe import resolve_backend
+from shards.lock import take_lock
 from shards.pool import usable_cores
 
 HELD_SECONDS = 150.0
@@ -125,29 +125,17 @@ def hold_run(run_dir: Path, wait_seconds: float = HELD_SECONDS) -> Iterator[None
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / "lock", "a+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + wait_seconds, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                if time.monotonic() >= deadline:
-                    raise ValueError(
-                        f"{run_dir} is in training by {holder}, expected nobody; end that one, or choose another "
-                        "run_dir"
-                    ) from None
-                if not told:
-                    _say(
-                        f"{run_dir} is in training by {holder}: waiting up to {wait_seconds:g} s for its end"
-                    )
-                    told = True
-                time.sleep(min(0.5, wait_seconds))
-            except OSError as error:
-                _say(
-                    f"{run_dir} is on a file system without locks ({error}): do not train there twice at once"
+        while not take_lock(file, run_dir):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"{run_dir} is in training by {holder}, expected nobody; end that one, or choose another run_dir"
                 )
-                break
+            if not told:
+                _say(f"{run_dir} is in training by {holder}: waiting up to {wait_seconds:g} s for its end")
+                told = True
+            time.sleep(min(0.5, wait_seconds))
         with suppress(OSError):  # a disk that is full
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -5,12 +5,15 @@ at all, and looks first whether that is there. So a job may be done again after 
 dead, and even twice at the same time: nothing is lost and nothing is there twice.
 """
 
+import fcntl
 import functools
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from typing import Any
 
 from shards import storage
 from shards.ffmpeg import ffmpeg_version, find_ffmpeg
+from shards.lock import take_lock
 from shards.media import SourceLimits
 from shards.order import shuffled
 from shards.results import (
@@ -35,6 +39,10 @@ from shards.sources import SourceVideo
 from shards.writer import ShardWriter, UnexpectedShard
 
 RECORD_PREFIX = "block-"
+FOLDER_PREFIX = "make_shards-job-"
+LOCK_NAME = "lock"
+LOCKED_SECONDS = 60.0
+"""A temporary folder that is older is locked if anybody is at work in it."""
 TRANSFERS_AT_ONCE = 8
 """Small files that one worker reads from or deletes at a URL at the same time."""
 
@@ -261,7 +269,23 @@ def remove_all(locations: Iterable[str]) -> None:
 
 @contextmanager
 def _temporary_folder(run: RunSettings) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(
-        dir=run.temporary, prefix="make_shards-", ignore_cleanup_errors=True
-    ) as folder:
-        yield folder
+    parent = Path(run.temporary or tempfile.gettempdir())
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        if _is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=FOLDER_PREFIX, ignore_cleanup_errors=True) as folder:
+        with open(os.path.join(folder, LOCK_NAME), "w") as file:
+            take_lock(file, Path(folder))
+            yield folder
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether it is of a worker that was killed: one that is at work holds its lock."""
+    try:
+        if time.time() - folder.stat().st_mtime < LOCKED_SECONDS:
+            return False
+        with open(folder / LOCK_NAME, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, gone, another user's, or on a file system without locks
+        return False
+    return True

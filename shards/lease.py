@@ -1,6 +1,5 @@
 """Only one make_shards at a time works in a work area: a lock on its file, or a lease where it is at a URL."""
 
-import fcntl
 import json
 import os
 import secrets
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import storage
+from shards.lock import take_lock
 
 LOCK_NAME = "make_shards.lock"
 LEASE_NAME = "lease.json"
@@ -51,12 +51,8 @@ def _locked(work: Path, out: str) -> Iterator[None]:
     path = work / LOCK_NAME
     while True:
         with open(path, "w", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{out} is being written by another make_shards; wait for it or stop it"
-                ) from None
+            if not take_lock(file, work):
+                raise ValueError(f"{out} is being written by another make_shards; wait for it or stop it")
             if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 work.mkdir(parents=True, exist_ok=True)  # a run that ended has just tidied up
                 continue

@@ -42,6 +42,7 @@ from shards.slicing import SliceSettings
 from tools import make_shards as make_tool
 from tools.make_synthetic_videos import make_flash_beep_video, make_synthetic_videos
 
+ROOT = Path(__file__).parents[1]
 SHORT = dataclasses.replace(FAST, max_clips=1)
 RAY = EngineConfig(name="ray")
 
@@ -450,6 +451,40 @@ def test_videos_at_urls_give_the_bytes_of_local_and_are_not_kept(
     make_shards(configure("memory://bucket/videos", tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(reference)
     assert not list(scratch.iterdir())
+
+
+def test_what_a_killed_worker_left_on_its_machine_is_deleted(
+    videos: Path, tmp_path: Path, memory: MemoryFileSystem, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    code = """
+import sys, types
+from shards import jobs
+with jobs._temporary_folder(types.SimpleNamespace(temporary=sys.argv[1])) as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(scratch)]
+    workers = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        killed, at_work = (Path(worker.stdout.readline().strip()) for worker in workers)
+        (killed / "source.mp4").write_bytes(b"half")
+        for folder in (killed, at_work):
+            os.utime(folder, (time.time() - 3600,) * 2)
+        workers[0].kill()
+        workers[0].wait()
+        (scratch / "make_shards-job-of-a-user").mkdir()
+        make_shards(configure(videos, "memory://bucket/out"))
+        assert {path.name for path in scratch.iterdir()} == {at_work.name, "make_shards-job-of-a-user"}
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
 
 
 def test_missing_and_too_large_videos_at_urls_have_their_reasons(

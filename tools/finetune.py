@@ -16,7 +16,6 @@ Test videos that cannot be used (missing, shorter than 32 frames, undecodable) a
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import inspect
 import json
 import math
@@ -57,6 +56,7 @@ from loaders.base import TooManyBadClips
 from loaders.config import LoaderConfig
 from loaders.datasets import DATASETS, ClassificationSplit, read_split
 from loaders.listed import ClipSampling, ListedLoader, listed_config
+from shards.lock import take_lock
 from shards.manifest import write_atomically
 from shards.pool import usable_cores
 from shards.progress import print_any_name
@@ -384,14 +384,8 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _alone(folder: Path) -> Iterator[None]:
     """Raises ValueError where another process trains in this folder."""
     with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder} is in use by another process; wait for it, or choose another --out"
-            ) from error
-        except OSError as error:
-            say(f"note: {folder} cannot be locked ({error.strerror}); let no second process train in it")
+        if not take_lock(file, folder):
+            raise ValueError(f"{folder} is in use by another process; wait for it, or choose another --out")
         yield
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import colorsys
 import dataclasses
-import fcntl
 import functools
 import json
 import math
@@ -40,6 +39,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from shards.lock import take_lock
 from shards.pool import usable_cores
 
 WORLD_VERSION = 3
@@ -746,10 +746,8 @@ def make_world(
         raise ValueError(f"{out} is a file, expected a folder: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{out}: another make_world is at work; wait or choose another --out") from error
+        if not take_lock(lock, out):
+            raise ValueError(f"{out}: another make_world is at work; wait or choose another --out")
         _check_folder(out, settings, {"train": train_videos, "test": test_videos})
         jobs, num_kept = [], 0
         for split, num in (("train", train_videos), ("test", test_videos)):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing.connection
@@ -55,6 +54,7 @@ from cmac.evaluation.results import (
     stamp,
 )
 from loaders.datasets import read_split
+from shards.lock import take_lock
 from shards.manifest import read_manifest, write_atomically
 from shards.pool import usable_cores
 from tools.results import render
@@ -269,12 +269,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the folder for this process. Raises Failed when another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file, folder):
             raise Failed(
                 f"{folder} is in use by another tools.reproduce; wait for it, or choose another --out"
-            ) from None
+            )
         yield
 
 

@@ -5,7 +5,6 @@ the loader's position behind it, and `complete` is there when the loader's epoch
 written whole or not at all, and read without unpickling.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from loaders import Loader
 from loaders.batch import BadClipRecord, ClipBatch
+from shards.lock import take_lock
 from shards.manifest import write_atomically
 
 STORE_VERSION = 1
@@ -131,16 +131,10 @@ def extract_features(
 def _alone(store: Path, say: Callable[[str], None] | None) -> Iterator[None]:
     """Holds a store for this process, when no other one holds it any more: chunks of two would be mixed up."""
     with open(store / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file, store):
             if say is not None:
                 say(f"waiting for another process, which computes the same features in {store}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # file systems without locks
-            log.warning(
-                "%s cannot be locked (%s); let no second process compute in it", store, error.strerror
-            )
+            take_lock(file, store, wait=True)
         yield
 
 

@@ -7,7 +7,6 @@ of whole videos or sound files), `top5`, `R@1`, `R@5`, `R@10`, `cIoU@0.5`, `AUC`
 """
 
 import dataclasses
-import fcntl
 import json
 import logging
 import math
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from shards.lock import take_lock
 
 SCHEMA_VERSION = 1
 MEAN_OF_THREE_SPLITS = "1-3 mean"
@@ -154,7 +155,7 @@ def append_result(path: str | os.PathLike, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        _lock(descriptor, path)
+        take_lock(descriptor, path, wait=True)  # nobody's half-written line is taken for a torn one
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = b"\n" + line
@@ -218,16 +219,6 @@ def latest(results: Sequence[Result]) -> list[Result]:
         if key not in newest or parse_time(result.time) >= parse_time(results[newest[key]].time):
             newest[key] = index
     return [results[index] for index in sorted(newest.values())]
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Keep others from appending until the file is closed: nobody's half-written line is taken for a torn one."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:  # file systems without locks; the result of hours is written all the same
-        _log.warning(
-            "%s cannot be locked (%s); let one evaluation at a time write to it", path, error.strerror
-        )
 
 
 def _check_metric(metric: Metric, where: str) -> None:

@@ -1,0 +1,31 @@
+"""A lock between processes, which the system gives up when its process ends, however that is."""
+
+import fcntl
+import logging
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+
+def take_lock(file: IO | int, path: Path, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed.
+
+    Where the file system has no locks this is said aloud, and the work goes on without: it may be the end of
+    hours.
+
+    Args:
+        file: the file, or its descriptor.
+        path: what to name when it cannot be locked.
+        wait: for the process that has it.
+
+    Returns:
+        Whether no other process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.warning("%s cannot be locked (%s); let one process at a time work there", path, error.strerror)
+    return True
