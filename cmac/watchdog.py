@@ -16,6 +16,8 @@ LEAST_START_SECONDS = 1800.0
 _WRITE_SECONDS = 60.0
 _ANSWER_SECONDS = 1.0
 """What data workers get to write their stacks in."""
+_TURN_SECONDS = 0.1
+"""What each gets alone, or their lines would mix."""
 _GRACE_SECONDS = 3.0
 """A rank that has written its stacks ends so much later: torchrun then ends the others, which write theirs as well."""
 
@@ -112,6 +114,8 @@ class Watchdog:
             for process in descendants(os.getpid()):
                 asked = _ask_for_stacks(process)
                 file.write(f"  {_describe(process)}{', asked for its stacks on stderr' if asked else ''}\n")
+                if asked:
+                    self._closed.wait(_TURN_SECONDS)
             file.write("\n")
         self._closed.wait(_ANSWER_SECONDS)
 

@@ -55,7 +55,8 @@ HANG_SECONDS = (
     900.0  # for one batch; a worker that makes none for longer is ended, before a rank that hangs is
 )
 CLOSE_SECONDS = 5.0  # for workers to end by themselves
-STACK_SECONDS = 1.0  # for a worker to write down where it hangs
+STACK_SECONDS = 1.0  # for workers to write down where they hang
+STACK_TURN_SECONDS = 0.1  # for each, or their lines would mix
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # ask a run to stop
 ALIGNMENT = 64  # bytes: arrays of a batch start at a cache line
 
@@ -435,12 +436,13 @@ class ClipWorkers:
         process, request = self._processes[worker], self._sampler.sent[self._num_taken]
         self._hung = (
             f"loader worker {worker} (pid {process.pid}) has made no batch for {self._hang_seconds:g} s, expected "
-            f"batch {request.step} of epoch {request.epoch}; the stacks of all workers are above. If the file system "
-            f"hangs, mend it; then run the same command again"
+            f"batch {request.step} of epoch {request.epoch}; the stacks of all workers are above, its own first. If "
+            f"the file system hangs, mend it; then run the same command again"
         )
-        for process in self._processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGUSR2)  # writes its stacks
+        for other in sorted(self._processes, key=lambda other: other is not process):
+            if other.is_alive():
+                os.kill(other.pid, signal.SIGUSR2)  # writes its stacks
+                time.sleep(STACK_TURN_SECONDS)
         time.sleep(STACK_SECONDS)
         self.kill()
 

@@ -57,7 +57,7 @@ def build(**changes) -> Loader:
 
 
 def run_into_the_hang() -> None:
-    loader = build()
+    loader = build(num_workers=1)
     batches = iter(loader)
     next(batches)
     loader._workers._hang_seconds = 0.5

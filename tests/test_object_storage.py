@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_servers import FaultyServer
 from loaders_media import write_shards
+from s3_environment import s3_at
 
 import cmac
 import train
@@ -57,13 +58,7 @@ def s3(port, tmp_path_factory) -> Iterator[Start]:
         return servers[-1]
 
     start.copy = copy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
-            patch.delenv(name, raising=False)
+    with s3_at(f"http://127.0.0.1:{port}"):
         yield start
     for server in servers:
         server.kill()

@@ -28,6 +28,7 @@ from make_shards_worker import (
     processes,
     run_here,
 )
+from s3_environment import s3_at
 
 import shards.jobs
 import shards.lease
@@ -526,7 +527,7 @@ def test_video_whose_server_refuses_it_stops_the_run_with_its_name(
 
 
 def test_s3_as_source_target_and_work_area_of_worker_processes_gives_the_bytes_of_local(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    videos: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("s3fs")
     moto_server = pytest.importorskip("moto.server")
@@ -536,24 +537,20 @@ def test_s3_as_source_target_and_work_area_of_worker_processes_gives_the_bytes_o
     server.start()
     try:
         host, port = server.get_host_and_port()
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):  # fmt: skip
-            monkeypatch.setenv(name, value)
-        s3 = fsspec.filesystem("s3", skip_instance_cache=True)
-        s3.mkdir("bucket")
-        s3.put(str(videos / "barking"), "bucket/barking", recursive=True)
-        progress = CountingProgress()
-        config = configure("s3://bucket/barking", "s3://bucket/out", videos_per_shard=2, slicing=SHORT)
-        make_shards(config, progress)
-        local = dataclasses.replace(config, videos=str(videos / "barking"), out=str(tmp_path / "out"))
-        make_shards(local)
-        found = {path.rsplit("/", 1)[1]: s3.cat_file(path) for path in s3.find("bucket/out")}
-        assert found == contents(tmp_path / "out")
-        assert len(progress.done) == len(set(progress.done)) == 3
-        make_shards(dataclasses.replace(config, verify=True), progress)
-        assert "nothing to do" in progress.messages[-1]
+        with s3_at(f"http://{host}:{port}"):
+            s3 = fsspec.filesystem("s3", skip_instance_cache=True)
+            s3.mkdir("bucket")
+            s3.put(str(videos / "barking"), "bucket/barking", recursive=True)
+            progress = CountingProgress()
+            config = configure("s3://bucket/barking", "s3://bucket/out", videos_per_shard=2, slicing=SHORT)
+            make_shards(config, progress)
+            local = dataclasses.replace(config, videos=str(videos / "barking"), out=str(tmp_path / "out"))
+            make_shards(local)
+            found = {path.rsplit("/", 1)[1]: s3.cat_file(path) for path in s3.find("bucket/out")}
+            assert found == contents(tmp_path / "out")
+            assert len(progress.done) == len(set(progress.done)) == 3
+            make_shards(dataclasses.replace(config, verify=True), progress)
+            assert "nothing to do" in progress.messages[-1]
     finally:
         server.stop()
 
