@@ -68,6 +68,8 @@ class RunSettings:
     """For one ffmpeg pass over one video."""
     max_source_bytes: int
     """Larger files are `too-large`."""
+    skip_refused: bool
+    """A video whose URL is refused is `refused`, and does not stop the run."""
     limits: SourceLimits
 
 
@@ -122,7 +124,14 @@ def give_up(job: SliceJob, reason: str) -> ReportRow:
 def _sliced(job: SliceJob, folder: str) -> SlicedVideo:
     path, run = job.source.path, job.run
     if path is not None and storage.is_url(path):
-        found = _downloaded(path, Path(folder), run.max_source_bytes)
+        try:
+            found = _downloaded(path, Path(folder), run.max_source_bytes)
+        except storage.SourceRefused as error:
+            if not run.skip_refused:
+                raise storage.SourceRefused(
+                    f"{error}; or leave out such videos with --skip-refused"
+                ) from error
+            return SlicedVideo(reason="refused", seconds=0)
         if isinstance(found, SlicedVideo):
             return found
         path = str(found)

@@ -94,6 +94,10 @@ class SourceError(OSError):
     """A location cannot be read or written, and trying again did not help. str() is a sentence for a user."""
 
 
+class SourceRefused(SourceError):
+    """The answer was that this one location is not to be had: 401, 403, 410 and the like."""
+
+
 class WrongContents(ValueError):
     """What is at a location is whole, but not what was expected there: size or checksum. Twice in a row."""
 
@@ -447,7 +451,7 @@ class _Attempts:
 
         Raises:
             FileNotFoundError: that was the error.
-            SourceError: it is one that stays, or the time is up.
+            SourceError: it is one that stays, or the time is up; SourceRefused if the location is refused.
             Exception: error itself, where it is neither of the system nor of a client library.
         """
         if self._stop.is_set():
@@ -459,7 +463,8 @@ class _Attempts:
             if isinstance(error, FileNotFoundError) and self._what != "write":
                 raise FileNotFoundError(errno.ENOENT, "there is no such file", self._location) from error
             if isinstance(error, OSError) or _is_of(error, *CLIENT_LIBRARIES):
-                raise SourceError(
+                refused = isinstance(error, PermissionError) or 400 <= (_http_status(error) or 0) < 500
+                raise (SourceRefused if refused else SourceError)(
                     f"cannot {self._what} {self._location}: {_describe(error)}; {_way_out(error)}"
                 ) from error
             raise error

@@ -509,10 +509,10 @@ def test_missing_and_too_large_videos_at_urls_have_their_reasons(
     }
 
 
-def test_video_whose_server_refuses_it_stops_the_run_with_its_name(
+def test_video_whose_server_refuses_it_stops_the_run_with_its_name_or_is_skipped(
     videos: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which is the fault of the machine, not of the video: nothing is skipped, and the run can go on."""
+    """Expired credentials look like that: nothing is skipped unless it is asked for, and the run can go on."""
     with FaultyServer(videos) as server:
         server.always["3.mp4"] = "403"
         listed = tmp_path / "list"
@@ -520,10 +520,16 @@ def test_video_whose_server_refuses_it_stops_the_run_with_its_name(
         arguments = ["--videos", server.url, "--list", str(listed), "--out", str(tmp_path / "out")]
         arguments += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast".split()
         assert make_tool.main(arguments) == 1
-        assert re.search(r"make_shards: cannot .*/3\.mp4: .*403", capsys.readouterr().err)
+        error = capsys.readouterr().err
+        assert re.search(r"make_shards: cannot .*/3\.mp4: .*403.*--skip-refused", error)
+        skipping = [*arguments, "--skip-refused", "--out", str(tmp_path / "skipping")]
+        assert make_tool.main(skipping) == 0
         server.always.clear()
         assert make_tool.main(arguments) == 0
     assert contents(tmp_path / "out") == contents(reference)
+    reasons = {row.path: row.reason for row in read_report(tmp_path / "skipping" / "report.csv")}
+    usual = {row.path: row.reason for row in read_report(reference / "report.csv")}
+    assert reasons == {**usual, "3.mp4": "refused"}
 
 
 def test_s3_as_source_target_and_work_area_of_worker_processes_gives_the_bytes_of_local(

@@ -116,6 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"leave out larger files (default: {ShardConfig.max_source_bytes / 2**30:g})",
     )
     add(
+        "--skip-refused",
+        action="store_true",
+        help="leave out videos whose URLs are refused (401, 403, 410 ...); if not given, the first stops the run, as "
+        "that is how expired credentials look, too",
+    )
+    add(
         "--max-pixels",
         type=int,
         default=SourceLimits.max_pixels,
@@ -167,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             verify=args.verify,
             timeout_seconds=args.timeout,
             max_source_bytes=round(args.max_source_gib * 2**30),
+            skip_refused=args.skip_refused,
             limits=SourceLimits(
                 max_pixels=args.max_pixels,
                 max_hours=args.max_hours,
