@@ -7,23 +7,24 @@ dead, and even twice at the same time: nothing is lost and nothing is there twic
 
 import fcntl
 import functools
+import glob
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shards import storage
 from shards.ffmpeg import ffmpeg_version, find_ffmpeg
-from shards.lock import take_lock
 from shards.media import SourceLimits
 from shards.order import shuffled
 from shards.results import (
@@ -39,12 +40,15 @@ from shards.sources import SourceVideo
 from shards.writer import ShardWriter, UnexpectedShard
 
 RECORD_PREFIX = "block-"
-FOLDER_PREFIX = "make_shards-job-"
+FOLDER_PREFIX = f"make_shards-job-{socket.gethostname()}-"
 LOCK_NAME = "lock"
 LOCKED_SECONDS = 60.0
 """A temporary folder that is older is locked if anybody is at work in it."""
+SWEEP_SECONDS = 600.0
+"""Between two looks of a process for temporary folders that others left."""
 TRANSFERS_AT_ONCE = 8
 """Small files that one worker reads from or deletes at a URL at the same time."""
+_next_sweep: dict[Path, float] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +64,10 @@ class RunSettings:
     split: str
     seed: int
     slicing: SliceSettings
+    host: str = field(default_factory=socket.gethostname)
+    """The machine that started the run."""
     program: str
-    """ffmpeg on the machine that started the run."""
+    """ffmpeg there."""
     ffmpeg: str
     """Its version, which it has to have on all."""
     timeout_seconds: float
@@ -97,15 +103,25 @@ class BlockJob:
 
 
 def do_job(job: SliceJob | BlockJob) -> Any:
-    """Result of a job: the line of the report of a video, the record of a block."""
-    return slice_job(job) if isinstance(job, SliceJob) else block_job(job)
+    """Result of a job: the line of the report of a video, the record of a block.
+
+    Raises:
+        OSError: something is wrong with the machine, which is named if it is not the one that started the run.
+    """
+    try:
+        return slice_job(job) if isinstance(job, SliceJob) else block_job(job)
+    except OSError as error:
+        host = socket.gethostname()
+        if host == job.run.host:
+            raise
+        raise OSError(f"{host}: {error}") from error
 
 
 def slice_job(job: SliceJob) -> ReportRow:
     """Leaves the result of a video in the work area."""
     location = result_location(job.run.work, job.number)
     with _temporary_folder(job.run) as folder:
-        row = published_row(location, folder)
+        row = published_row(location, job.source.video_id, folder)
         if row is not None:
             return row
         path = Path(folder) / "result"
@@ -135,12 +151,10 @@ def _sliced(job: SliceJob, folder: str) -> SlicedVideo:
         if isinstance(found, SlicedVideo):
             return found
         path = str(found)
-    elif path is None or not os.path.lexists(path):
-        return SlicedVideo(reason="missing", seconds=0)
-    elif not os.path.isfile(path) or not os.access(path, os.R_OK):
-        return SlicedVideo(reason="unreadable", seconds=0)
-    elif os.path.getsize(path) > run.max_source_bytes:
-        return SlicedVideo(reason="too-large", seconds=0)
+    else:
+        reason = "missing" if path is None else _local_fault(path, run.max_source_bytes)
+        if reason is not None:
+            return SlicedVideo(reason=reason, seconds=0)
     return slice_video(
         path,
         job.source.video_id,
@@ -154,6 +168,31 @@ def _sliced(job: SliceJob, folder: str) -> SlicedVideo:
     )
 
 
+def _local_fault(path: str, max_bytes: int) -> str | None:
+    """Why a file that was listed cannot be taken; None: it can.
+
+    Raises:
+        OSError: its file system is not there, or fails, on this machine.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        if os.path.lexists(path):
+            return "unreadable"  # a link to nothing
+        folder = os.path.dirname(path)
+        if os.path.isdir(folder) and os.listdir(folder):
+            return "missing"  # deleted meanwhile
+        raise OSError(
+            f"{folder} is not there or empty, expected the videos that were listed when the run started; mount them "
+            f"on {socket.gethostname()}, then run the same command again"
+        ) from error
+    except PermissionError:
+        return "unreadable"
+    if not stat.S_ISREG(status.st_mode) or not os.access(path, os.R_OK):
+        return "unreadable"
+    return "too-large" if status.st_size > max_bytes else None
+
+
 def _downloaded(url: str, folder: Path, max_bytes: int) -> Path | SlicedVideo:
     """A copy of a video in `folder`, or why there is none.
 
@@ -163,13 +202,13 @@ def _downloaded(url: str, folder: Path, max_bytes: int) -> Path | SlicedVideo:
     suffix = re.search(r"\.[A-Za-z0-9]{1,8}$", url)  # which ffmpeg takes as a hint
     path = folder / f"source{suffix[0] if suffix else ''}"
     num_bytes = storage.size(url)
-    if num_bytes is None or num_bytes <= max_bytes:
-        try:
-            storage.download(url, path, num_bytes=num_bytes)
-        except FileNotFoundError:
-            return SlicedVideo(reason="missing", seconds=0)
-        num_bytes = path.stat().st_size  # a server may not have told before
-    if num_bytes > max_bytes:
+    if num_bytes is not None and num_bytes > max_bytes:
+        return SlicedVideo(reason="too-large", seconds=0)
+    try:
+        storage.download(url, path, num_bytes=num_bytes, max_bytes=max_bytes)
+    except FileNotFoundError:
+        return SlicedVideo(reason="missing", seconds=0)
+    except storage.TooLarge:
         return SlicedVideo(reason="too-large", seconds=0)
     return path
 
@@ -236,6 +275,11 @@ def _write_block(job: BlockJob, results: list[Path], folder: str) -> dict[str, A
     rows, kept, orders = [], [], []
     for source, path in zip(job.sources, results):
         with ResultFile(path) as file:
+            if file.result.row.path != source.video_id:
+                raise OSError(
+                    f"{path} is of {file.result.row.path!r}, expected {source.video_id!r}: workers of another run "
+                    f"write to {run.work}; end them, then run the same command again"
+                )
             rows.append(asdict(file.result.row))
             num_clips = len(file.result.clips)
         if num_clips:
@@ -279,13 +323,23 @@ def remove_all(locations: Iterable[str]) -> None:
 @contextmanager
 def _temporary_folder(run: RunSettings) -> Iterator[str]:
     parent = Path(run.temporary or tempfile.gettempdir())
-    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        if _is_abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+    _sweep(parent)
     with tempfile.TemporaryDirectory(dir=parent, prefix=FOLDER_PREFIX, ignore_cleanup_errors=True) as folder:
         with open(os.path.join(folder, LOCK_NAME), "w") as file:
-            take_lock(file, Path(folder))
+            with suppress(OSError):  # without locks nobody deletes it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield folder
+
+
+def _sweep(parent: Path) -> None:
+    """Delete the temporary folders of this machine's workers that were killed."""
+    now = time.monotonic()
+    if now < _next_sweep.get(parent, now):
+        return
+    _next_sweep[parent] = now + SWEEP_SECONDS
+    for folder in parent.glob(f"{glob.escape(FOLDER_PREFIX)}*"):
+        if _is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_abandoned(folder: Path) -> bool:
@@ -295,6 +349,8 @@ def _is_abandoned(folder: Path) -> bool:
             return False
         with open(folder / LOCK_NAME, "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:  # killed while it was deleted
+        return True
     except OSError:  # held, gone, another user's, or on a file system without locks
         return False
     return True

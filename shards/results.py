@@ -102,8 +102,8 @@ def result_location(work: str, number: int) -> str:
     return storage.join(work, f"{RESULT_PREFIX}{number:07d}")
 
 
-def published_row(location: str, folder: str) -> ReportRow | None:
-    """Line of the report of a result that is there, whole; else None.
+def published_row(location: str, video_id: str, folder: str) -> ReportRow | None:
+    """Line of the report of a result that is there, whole, and of this video; else None.
 
     folder: for a temporary copy, if `location` is a URL.
     """
@@ -115,7 +115,8 @@ def published_row(location: str, folder: str) -> ReportRow | None:
             path = Path(folder) / "published"
             storage.download(location, path, num_bytes=None, sha256=None)
         with ResultFile(path) as file:
-            return file.result.row
+            row = file.result.row
+            return row if row.path == video_id else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -126,11 +127,11 @@ def publish_result(path: Path, location: str, folder: str) -> ReportRow:
     A result that is there stays: it is of another attempt, and somebody may have read it. Where two attempts
     differ (one was late, one was not), the first counts, for everybody.
     """
-    row = published_row(location, folder)
-    if row is not None:
-        return row
     with ResultFile(path) as file:
         row = file.result.row
+    published = published_row(location, row.path, folder)
+    if published is not None:
+        return published
     if storage.is_url(location):
         storage.upload(path, location)
     else:

@@ -102,6 +102,10 @@ class WrongContents(ValueError):
     """What is at a location is whole, but not what was expected there: size or checksum. Twice in a row."""
 
 
+class TooLarge(ValueError):
+    """More bytes come than the caller takes."""
+
+
 class _Stalled(TimeoutError):
     """No bytes for Retry.stall_seconds."""
 
@@ -213,6 +217,7 @@ def download(
     path: str | os.PathLike,
     *,
     num_bytes: int | None = None,
+    max_bytes: int | None = None,
     sha256: str | None = None,
     retry: Retry = DEFAULT_RETRY,
     temporary: str | os.PathLike | None = None,
@@ -226,6 +231,7 @@ def download(
         location: the file.
         path: where to; its folder exists.
         num_bytes: expected size; None: any.
+        max_bytes: it is given up soon after so many have come; None: never. A server may not tell the size before.
         sha256: expected checksum, hex digits; None: any.
         retry: how long to try; the time counts from the last progress.
         temporary: name until then, in the same folder; removed whatever happens. None: one of its own.
@@ -234,6 +240,7 @@ def download(
     Raises:
         FileNotFoundError: it is not there.
         WrongContents: twice in a row, size or checksum is another one.
+        TooLarge: it has more than max_bytes.
         SourceError: it could not be read.
         OSError: the local disk is full or cannot be written.
     """
@@ -248,7 +255,9 @@ def download(
     try:
         while True:
             try:
-                download_.attempt(retry.stall_seconds)
+                download_.attempt(retry.stall_seconds, max_bytes)
+            except TooLarge:
+                raise
             except Exception as error:
                 if download_.has_progressed():
                     attempts.restart()
@@ -256,6 +265,8 @@ def download(
                     raise OSError(error.errno, os.strerror(error.errno), str(part)) from error
                 attempts.failed(error)
                 continue
+            if max_bytes is not None and part.stat().st_size > max_bytes:
+                raise TooLarge(f"{location} has more than {max_bytes} bytes")
             fault = _contents_fault(part, num_bytes, sha256)
             if fault is None:
                 break
@@ -509,7 +520,7 @@ class _Download:
         self._most = 0  # bytes that an attempt came to
         self._piece_bytes = PIECE_BYTES
 
-    def attempt(self, stall_seconds: float) -> None:
+    def attempt(self, stall_seconds: float, max_bytes: int | None) -> None:
         """Read the file, or the rest of it, to its end as far as the server tells it."""
         have = self._have()
         if self._resumes and have:
@@ -520,7 +531,7 @@ class _Download:
                 self._read_pieces(have, total, stall_seconds)
                 return
         self.start_anew()
-        _get(self._location, self._part, stall_seconds, self._stop)
+        _get(self._location, self._part, stall_seconds, self._stop, max_bytes)
         have = self._have()
         if self._num_bytes is not None and have < self._num_bytes:
             # Short for good, or cut without a word because the server does not tell the length beforehand?
@@ -598,7 +609,13 @@ def _copy(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _get(location: str, target: Path, stall_seconds: float, stop: threading.Event | None = None) -> None:
+def _get(
+    location: str,
+    target: Path,
+    stall_seconds: float,
+    stop: threading.Event | None = None,
+    max_bytes: int | None = None,
+) -> None:
     """Copy a file to a local path, where what came stays if it fails."""
     source = _local_path(location)
     if source is not None:
@@ -606,7 +623,10 @@ def _get(location: str, target: Path, stall_seconds: float, stop: threading.Even
         return
     # In sequence, so that what came is the file's beginning.
     options = {"max_concurrency": 1} if _protocol(location) in S3_PROTOCOLS else {}
-    _call(location, "get_file", stall_seconds, os.fspath(target), watched=True, stop=stop, **options)
+    _call(
+        location, "get_file", stall_seconds, os.fspath(target),
+        watched=True, stop=stop, max_bytes=max_bytes, **options,
+    )  # fmt: skip
 
 
 def _put(source: Path, location: str, sha256: str | None, stall_seconds: float) -> None:
@@ -766,6 +786,7 @@ def _call(
     watched: bool = False,
     limit: float | None = None,
     stop: threading.Event | None = None,
+    max_bytes: int | None = None,
     **options: Any,
 ) -> Any:
     """What a method of fsspec's file system returns for a location.
@@ -779,10 +800,12 @@ def _call(
         watched: the method takes a callback that counts bytes.
         limit: in place of stall_seconds here, but not within the client.
         stop: it is given up soon after this is set.
+        max_bytes: it is given up soon after it has moved more.
         options: by name.
 
     Raises:
         _Stalled: given up.
+        TooLarge: given up.
     """
     from fsspec.callbacks import Callback
 
@@ -801,6 +824,9 @@ def _call(
         if stop is not None and stop.is_set():
             task.cancel()
             raise _Stalled("given up")
+        if max_bytes is not None and progress.value > max_bytes:
+            task.cancel()
+            raise TooLarge(f"{location} has more than {max_bytes} bytes")
         if progress.value != moved:
             moved, since = progress.value, time.monotonic()
         elif time.monotonic() - since >= limit:

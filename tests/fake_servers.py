@@ -16,7 +16,8 @@ class FaultyServer:
     A file's faults are used up by one GET each, in order; `always` stays. Faults:
     `503`, `403`, `404`: that status. `reset`: half of the body, then the connection is reset. `cut`: half of the body,
     then the connection ends. `cut-unsaid`: the same without a Content-Length, so that the client cannot know. `stall`:
-    half of the body, then nothing until the server ends. `wrong`: one byte is another.
+    half of the body, then nothing until the server ends. `endless`: no length, and the body again and again. `wrong`:
+    one byte is another.
     """
 
     def __init__(self, folder: Path, *, port: int = 0, ranges: bool = True, says_length: bool = True) -> None:
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if self.fake.says_length and fault != "cut-unsaid":
+        if self.fake.says_length and fault not in ("cut-unsaid", "endless"):
             self.send_header("Content-Length", str(len(data)))
         else:
             self.send_header("Connection", "close")
@@ -101,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: self.fake.longest])
             self.close_connection = True
             return
+        while fault == "endless" and not self.fake.ended.is_set():
+            self.wfile.write(data)
         if fault not in ("reset", "cut", "cut-unsaid", "stall"):
             self.wfile.write(data)
             return
