@@ -23,12 +23,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import tyro
+from torch.distributed.rendezvous import rendezvous
 
 from cmac.agreement import RankLost, is_lost_connection
 from cmac.config import PRESETS, VARIANTS, RunConfig, apply_variant
@@ -41,6 +43,12 @@ from loaders.probe import resolve_backend
 from shards.lock import take_lock
 from shards.pool import usable_cores
 
+MEET_SECONDS = 600.0
+"""For all ranks to come to the start."""
+COLLECTIVE_SECONDS = 86400.0
+"""For one collective: those of the start wait for a rank that reads all shards or videos once, and from then on the
+watchdog is faster and says more."""
+DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 HELD_SECONDS = 150.0
 """So long a run folder is waited for: network file systems notice late that a machine with a lock is gone."""
 
@@ -164,7 +172,7 @@ def _build_loader(config: RunConfig, rank: int, world_size: int) -> tuple[RunCon
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     _show_log(rank)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_ranks(rank, world_size, device)
     loader_config = resolve_backend(
         config.loader,
         rank,
@@ -177,6 +185,25 @@ def _build_loader(config: RunConfig, rank: int, world_size: int) -> tuple[RunCon
     loader = build_loader(config.loader, rank, world_size, device=device)
     check_ranks_agree(loader.state_dict(), world_size)
     return config, loader, device
+
+
+def join_ranks(rank: int, world_size: int, device: torch.device) -> None:
+    """The default process group: NCCL on GPUs, Gloo on CPUs.
+
+    Raises:
+        ValueError: rank 0 has another kind of device; the ranks would wait for each other.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=MEET_SECONDS)))
+    store.set(f"cmac/device/{rank}", f"{device.type} on {socket.gethostname()}")
+    first = store.get("cmac/device/0").decode()
+    if first.split()[0] != device.type:
+        raise ValueError(
+            f"rank {rank} is to train on {device.type} on {socket.gethostname()}, rank 0 on {first}; expected one kind "
+            f"of device; see nvidia-smi there, or give --device cpu to all"
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def previous_backend(run_dir: str) -> str | None:
@@ -212,10 +239,13 @@ def choose_device(config: RunConfig) -> torch.device:
     """This rank's GPU, or the CPU.
 
     Raises:
-        ValueError: CUDA is asked for and missing, or there are more ranks on this machine than GPUs.
+        ValueError: CUDA is asked for and missing, there are more ranks on this machine than GPUs, or torch cannot use
+            the GPUs that are there.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda' but torch sees no CUDA device; use --device cpu or auto")
+    if config.device == "auto" and not torch.cuda.is_available():
+        _refuse_lost_gpus()
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -227,6 +257,22 @@ def choose_device(config: RunConfig) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _refuse_lost_gpus() -> None:
+    """Raises ValueError where there are GPUs, as far as the system goes: nobody means to train beside them."""
+    nodes = sorted(str(path) for path in DEVICES.glob("nvidia[0-9]*"))
+    if not nodes or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return
+    try:
+        driver = DRIVER.read_text(errors="replace").splitlines()[0]
+    except (OSError, IndexError):
+        driver = "no driver is loaded"
+    raise ValueError(
+        f"{socket.gethostname()} has {', '.join(nodes)} but torch {torch.__version__} sees no CUDA device "
+        f"(CUDA {torch.version.cuda}; {driver}); CUDA 13 needs driver 580 or newer; see "
+        "nvidia-smi and `python -c 'import torch; torch.cuda.init()'`, or train on the CPU with --device cpu"
+    )
 
 
 class _Stderr(logging.StreamHandler):

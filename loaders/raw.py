@@ -91,8 +91,7 @@ class RawLoader(WorkerLoader):
 def _index(config: LoaderConfig, rank: int, world_size: int) -> VideoIndex:
     """The index; with several ranks the first one reads the videos, those that share its cache read what it kept.
 
-    The others wait for as long as a collective may take (10 minutes with nccl): index a large folder with one
-    process first.
+    The others wait for it for as long as a collective may take.
     """
     together = world_size > 1 and dist.is_available() and dist.is_initialized()
     if together and rank != 0:

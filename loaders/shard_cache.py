@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import storage
+from shards.lock import NO_LOCKS
 from shards.manifest import ShardEntry
 from shards.reader import ShardReader, find_shard_fault
 from shards.storage import Retry, SourceError
@@ -69,7 +70,7 @@ class ShardCache:
             entries: all shards of the manifest.
 
         Raises:
-            ValueError: the limit is less than the largest shard.
+            ValueError: the limit is less than the largest shard, or the file system has no locks.
             OSError: the folder cannot be made.
         """
         self.config = config
@@ -82,6 +83,8 @@ class ShardCache:
                 f"{math.ceil(_num_bytes(largest) / 1e3) / 1e6:g}, the size of {largest.name} of {config.url}"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
+        with _flock(config.folder / ".lock", wait=False):  # or it is refused now
+            pass
         self._stop = threading.Event()
 
     def close(self) -> None:
@@ -282,6 +285,13 @@ def _flock(path: Path, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise ValueError(
+                f"loader.cache_dir: {path.parent} cannot be locked ({error.strerror}), expected a file system with "
+                f"locks; choose a folder on a disk of this machine"
+            ) from error
         yield True
     finally:
         os.close(descriptor)

@@ -197,6 +197,17 @@ def test_a_limit_below_a_shard_is_refused_with_both_numbers(build, manifest):
     build(largest(manifest))
 
 
+def test_a_folder_that_cannot_be_locked_is_refused_by_name(build, manifest, tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(
+        ValueError, match=rf"loader.cache_dir: {tmp_path}.* cannot be locked .*a disk of this machine"
+    ):
+        build(largest(manifest))
+
+
 def test_what_a_killed_process_left_is_cleared_away(build, server, manifest, folder, tmp_path):
     """Its part is deleted, and takes no room: the limit holds one shard."""
     cache = build(int(1.2 * largest(manifest)), replace(FAST, stall_seconds=60))
