@@ -1,11 +1,72 @@
-"""Work done ahead in a thread, a bounded number of results at a time."""
+"""Work done ahead in a thread, a bounded number of results at a time, and calls made in threads.
+
+All threads are daemons: the end of the program does not wait for one that hangs, in a read of a dead file system say.
+"""
 
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
+
+
+class DaemonThreads:
+    """Make calls, in the order in which they are given. A ThreadPoolExecutor would be waited for when the program ends,
+    whatever its `shutdown` was told."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        """num_threads: calls made at a time; name: of the threads."""
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._open: set[Future] = set()  # of calls that have not ended
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, daemon=True, name=f"{name}-{number}")
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """What the call will return or raise; cancelled by `close`, also while the call is under way."""
+        future: Future[Result] = Future()
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        if self._closed:
+            future.cancel()
+        self._calls.put(partial(_settle, future, call, *arguments))
+        return future
+
+    def close(self) -> None:
+        """End each thread once its call returns, and wait for none: whoever waits for a call gets CancelledError."""
+        self._closed = True
+        for future in list(self._open):
+            future.cancel()
+        for _ in self._threads:
+            self._calls.put(None)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # and what it returned
+
+
+def _settle(future: Future[Result], call: Callable[..., Result], *arguments: Any) -> None:
+    """Makes a call, unless it is cancelled, and hands over what comes of it, unless that is cancelled meanwhile."""
+    if future.cancelled():
+        return
+    try:
+        result = call(*arguments)
+    except BaseException as error:  # handed over to the thread that waits
+        with suppress(InvalidStateError):
+            future.set_exception(error)
+    else:
+        with suppress(InvalidStateError):
+            future.set_result(result)
 
 
 class Background(Generic[Result]):

@@ -8,15 +8,16 @@ from the plan and from draw_augmentation, as in every other loader.
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from loaders.augment import LONGEST_SIDE, ClipAugmentation, draw_augmentation, scaled_size
-from loaders.background import Background
+from loaders.background import Background, DaemonThreads
 from loaders.base import BatchRequest, PositionedLoader, open_shard_table
 from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig
@@ -28,7 +29,7 @@ from loaders.kernels.frames import DTYPES, finish_frames
 from loaders.plan import PADDING
 from loaders.shard_files import OpenShards
 from loaders.video_ops import frame_parameters, mean_grey
-from loaders.workers import FilledPart, assemble_batch
+from loaders.workers import CLOSE_SECONDS, FilledPart, assemble_batch
 from shards.mp4 import read_video_track
 from shards.reader import RawClip
 from shards.schema import FRAMES_PER_CLIP, SHORT_SIDE, BadClip
@@ -87,6 +88,18 @@ class ReadClips:
                 for row, reason in sorted(self.reasons.items())
             ],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What works ahead of the consumer, from one start to the next `close`; a thread that hangs then keeps its own."""
+
+    requests: Iterator[BatchRequest]
+    threads: DaemonThreads
+    """Read clips."""
+    decoder: DaliDecoder
+    reading: deque[tuple[BatchRequest, Future[list[ReadClips]]]] = field(default_factory=deque)
+    decoding: deque[tuple[BatchRequest, list[ReadClips]]] = field(default_factory=deque)
 
 
 def check_coded_frames(raw: RawClip) -> None:
@@ -152,19 +165,17 @@ class DaliGpuLoader(PositionedLoader):
         self._shards = OpenShards(files)
         super().__init__(config, rank, world_size, table)
         self._frames_dtype = frames_dtype
-        self._requests: Iterator[BatchRequest] = iter(())
-        self._threads: ThreadPoolExecutor | None = None
-        self._reading: deque[tuple[BatchRequest, Future[list[ReadClips]]]] = deque()
-        self._decoding: deque[tuple[BatchRequest, list[ReadClips]]] = deque()
-        self._decoder: DaliDecoder | None = None
+        self._work: _Work | None = None
         self._batches: Background[ClipBatch | DeviceBatch] | None = None
 
     def _take(self) -> ClipBatch:
         if self._batches is None:
-            self._requests = self.requests()
-            self._threads = ThreadPoolExecutor(max(1, self.config.num_workers), "loader-read")
-            self._decoder = DaliDecoder(self.config, self.batch_size, self.device)
-            self._batches = Background(self._make_batch, depth=NUM_READY)
+            self._work = work = _Work(
+                requests=self.requests(),
+                threads=DaemonThreads(max(1, self.config.num_workers), "loader-read"),
+                decoder=DaliDecoder(self.config, self.batch_size, self.device),
+            )
+            self._batches = Background(partial(self._make_batch, work), depth=NUM_READY)
         try:
             batch = self._batches.take()
         except BaseException:
@@ -173,17 +184,15 @@ class DaliGpuLoader(PositionedLoader):
         return batch.hand_over() if isinstance(batch, DeviceBatch) else batch
 
     def close(self) -> None:
-        """End the threads and free the pipeline. Iterating again starts anew at the current position."""
-        batches, threads = self._batches, self._threads
-        self._batches, self._threads = None, None
+        """End the threads and free the pipeline: reads are not waited for, DALI for CLOSE_SECONDS. Iterating again
+        starts anew at the current position."""
+        batches, work = self._batches, self._work
+        self._batches, self._work = None, None
         self.stop_fetching()
+        if work is not None:
+            work.threads.close()
         if batches is not None:
-            batches.close()
-        if threads is not None:
-            threads.shutdown(cancel_futures=True)
-        self._reading.clear()
-        self._decoding.clear()
-        self._decoder = None
+            batches.close(CLOSE_SECONDS)
         self._shards.close()
 
     # In threads that read: bytes to ReadClips.
@@ -234,38 +243,36 @@ class DaliGpuLoader(PositionedLoader):
 
     # In the thread of self._batches: ReadClips to ClipBatch.
 
-    def _make_batch(self) -> ClipBatch | DeviceBatch:
+    def _make_batch(self, work: _Work) -> ClipBatch | DeviceBatch:
         if self._stream is None:
-            return self._decode_batch()
+            return self._decode_batch(work)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            batch = self._decode_batch()
+            batch = self._decode_batch(work)
             written = torch.cuda.Event()
             written.record(self._stream)
         return DeviceBatch(batch, written)
 
-    def _decode_batch(self) -> ClipBatch:
-        assert self._decoder is not None
+    def _decode_batch(self, work: _Work) -> ClipBatch:
         parts, arrays = [], []
         for part in range(self.config.clips_per_video):
-            while self._decoder.has_room:
-                self._submit_next()
-            request, read = self._decoding[0]
-            arrays.append(self._finish(read[part], self._decoder.take()))
+            while work.decoder.has_room:
+                self._submit_next(work)
+            request, read = work.decoding[0]
+            arrays.append(self._finish(read[part], work.decoder.take()))
             parts.append(read[part].filled())
-        self._decoding.popleft()
+        work.decoding.popleft()
         return assemble_batch(request, parts, arrays)
 
-    def _submit_next(self) -> None:
+    def _submit_next(self, work: _Work) -> None:
         """Hands the next request's clips to DALI, and keeps prefetch_batches requests being read."""
-        assert self._threads is not None and self._decoder is not None
-        while len(self._reading) < self.config.prefetch_batches:
-            request = next(self._requests)
-            self._reading.append((request, self._threads.submit(self._read, request)))
-        request, future = self._reading.popleft()
+        while len(work.reading) < self.config.prefetch_batches:
+            request = next(work.requests)
+            work.reading.append((request, work.threads.submit(self._read, request)))
+        request, future = work.reading.popleft()
         read = future.result()
-        self._decoding.append((request, read))
+        work.decoding.append((request, read))
         for clips in read:
-            self._decoder.submit(clips.encoded())
+            work.decoder.submit(clips.encoded())
 
     def _finish(self, clips: ReadClips, decoded: DecodedClips) -> tuple[Tensor, Tensor]:
         """(frames, log_mel) of a batch; clips that turned out bad are dropped from clips."""

@@ -1,12 +1,16 @@
-"""Results made ahead in a thread: in order, bounded, with errors in their turn."""
+"""Results made ahead in a thread: in order, bounded, with errors in their turn. Calls in threads that may hang."""
 
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import CancelledError
 from itertools import count
+from pathlib import Path
 
 import pytest
 
-from loaders.background import Background
+from loaders.background import Background, DaemonThreads
 
 
 def wait_until(condition) -> None:
@@ -69,3 +73,39 @@ def test_close_ends_the_thread_and_wakes_who_waits():
     release.set()
     closing.join(10)
     assert not closing.is_alive() and not waiting.is_alive()
+
+
+def test_calls_give_what_they_return_or_raise_each_in_its_turn():
+    threads = DaemonThreads(3, "test")
+    results = [threads.submit(divmod, number, 7) for number in range(50)]
+    assert [result.result(10) for result in results] == [divmod(number, 7) for number in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(divmod, 1, 0).result(10)
+    assert threads.submit(divmod, 8, 7).result(10) == (1, 1)  # the thread goes on
+    threads.close()
+    wait_until(lambda: not any(thread.is_alive() for thread in threads._threads))
+
+
+def test_closing_threads_lets_go_of_whoever_waits_for_a_call_that_hangs():
+    release, made = threading.Event(), []
+    threads = DaemonThreads(1, "test")
+    hangs, waits = threads.submit(release.wait), threads.submit(made.append, 1)
+    threading.Timer(0.1, threads.close).start()
+    for future in (hangs, waits):
+        with pytest.raises(CancelledError):
+            future.result(10)
+    with pytest.raises(CancelledError):
+        threads.submit(made.append, 2).result(10)
+    release.set()
+    wait_until(lambda: not any(thread.is_alive() for thread in threads._threads))
+    assert made == []
+
+
+def test_a_program_ends_though_a_call_hangs():
+    program = (
+        "import threading, time; from loaders.background import DaemonThreads; begun = threading.Event(); "
+        "threads = DaemonThreads(2, 'test'); threads.submit(lambda: (begun.set(), time.sleep(300))); "
+        "begun.wait(); threads.close()"
+    )
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", program], cwd=root, timeout=60, check=True)

@@ -4,6 +4,8 @@ H.264 on a GPU."""
 import io
 import itertools
 import math
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -33,7 +35,7 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 from nvidia.dali import fn, types  # noqa: E402
 from nvidia.dali.pipeline import Pipeline  # noqa: E402
 
-from loaders import dali_video  # noqa: E402
+from loaders import dali_gpu, dali_video  # noqa: E402
 from loaders.dali_gpu import DaliGpuLoader, check_coded_frames  # noqa: E402
 from loaders.dali_video import DaliDecoder, EncodedClips  # noqa: E402
 
@@ -463,6 +465,47 @@ def test_closed_loader_goes_on_where_it_was(media):
             keys.append(batch.keys)
             loader.close()
     assert keys[:5] == expected
+
+
+@pytest.mark.parametrize("place", ["read", "decode"])
+def test_closing_does_not_wait_for_what_hangs_and_is_not_disturbed_by_it_later(media, monkeypatch, place):
+    """Neither for a read of a file system that is gone nor for DALI."""
+    monkeypatch.setattr(dali_gpu, "CLOSE_SECONDS", 0.5)
+    config = config_of(media["cpu"]["good"], video=VideoConfig(num_frames=1))
+    expected = [batch.keys for batch in take(DaliGpuLoader(config, device="cpu"), 6)]
+    loader = DaliGpuLoader(config, device="cpu")
+    owner, name = {"read": (loader._shards, "read"), "decode": (dali_gpu.DaliDecoder, "take")}[place]
+    call, release, hanging, calls = (
+        getattr(owner, name),
+        threading.Event(),
+        threading.Event(),
+        itertools.count(),
+    )
+
+    def hang(*arguments: object) -> object:
+        if next(calls) >= (8 if place == "read" else 2):
+            hanging.set()
+            release.wait()
+        return call(*arguments)
+
+    monkeypatch.setattr(owner, name, hang)
+    batches = iter(loader)
+    keys = [next(batches).keys]
+    assert hanging.wait(60)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("loader-")]
+    begin = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begin < 5
+    assert any(thread.is_alive() for thread in threads) and all(thread.daemon for thread in threads)
+    monkeypatch.setattr(owner, name, call)
+    batches = iter(loader)
+    keys.append(next(batches).keys)
+    release.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    keys.append(next(batches).keys)
+    assert keys + [batch.keys for batch in take(loader, 3)] == expected
 
 
 def test_clips_of_a_shard_that_vanishes_are_bad(media, tmp_path):
