@@ -1,13 +1,15 @@
-"""Ending a run when it is asked to: pre-emption (SIGTERM, SIGUSR1) and Ctrl-C (SIGINT). Needs the standard library."""
+"""Ending a run when it is asked to: pre-emption (SIGTERM, SIGUSR1), Ctrl-C (SIGINT), a terminal or an ssh session that
+is gone (SIGHUP). Needs the standard library."""
 
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What asks a run to stop. SIGQUIT (Ctrl-\\) and SIGKILL end it at once, without a checkpoint."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""What asks a run to stop; SIGHUP does not where it is ignored already (nohup). SIGQUIT (Ctrl-\\) and SIGKILL end a run
+at once, without a checkpoint."""
 
 
 class Stopped(BaseException):
@@ -27,7 +29,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -57,8 +60,9 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.received = self.received is None, self.received or signal.Signals(number)
         if first and not self._interruptible:
-            # Not print: the handler may run in the middle of one.
-            os.write(2, f"{self.received.name}: the run stops after this step and saves it\n".encode())
+            # Not print: the handler may run in the middle of one. And what is gone may be the terminal.
+            with suppress(OSError):
+                os.write(2, f"{self.received.name}: the run stops after this step and saves it\n".encode())
         if self._interruptible:
             self._interruptible = False
             raise Stopped

@@ -9,6 +9,8 @@ from typing import Any
 
 from shards.manifest import write_atomically
 
+STEP = "step"
+"""What charts have as their x axis."""
 INIT_SECONDS = 60.0
 """How long the start of a run may wait for the server, or on a terminal for the key that is missing."""
 FINISH_SECONDS = 30.0
@@ -43,12 +45,13 @@ class WandbLog:
 
     def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
         self._run = None
+        self._next = 0  # W&B's own number of the next row
         try:
             import wandb
 
             # Without a key W&B asks for one on a terminal, and would wait for ever.
             wandb.setup(wandb.Settings(login_timeout=INIT_SECONDS))
-            self._run = wandb.init(
+            run = wandb.init(
                 project=project,
                 id=_run_id(run_dir / "wandb_id"),
                 name=run_dir.name,
@@ -65,15 +68,22 @@ class WandbLog:
                     finish_timeout=FINISH_SECONDS,
                 ),
             )
+            self._next = run.starting_step
+            run.define_metric(STEP)
+            run.define_metric("*", step_metric=STEP)
+            self._run = run
         except Exception as error:  # of whatever kind: not worth a training
             self._give_up(error)
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Send figures of a step."""
+        """Send figures of a step. Those of a step that is taken again, after a resume from an earlier one, stand beside
+        the ones before: W&B drops rows whose own number goes back, so that one only grows, and charts go by STEP."""
         if self._run is None:
             return
+        number = max(step, self._next)
+        self._next = number + 1
         try:
-            self._run.log(values, step=step)
+            self._run.log({STEP: step, **values}, step=number, commit=True)
         except Exception as error:
             self._give_up(error)
 

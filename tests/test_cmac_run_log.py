@@ -3,11 +3,13 @@
 import importlib.machinery
 import importlib.util
 import io
+import json
 import logging
 import os
 import pty
 import re
 import resource
+import struct
 import sys
 import threading
 import time
@@ -302,7 +304,10 @@ class FakeRun:
 
     def __init__(self, fails: str) -> None:
         self._fails = fails
+        self.starting_step = 0
+        self.defined: dict[str, str | None] = {}
         self.logged: list[tuple[int, dict]] = []
+        self.numbers: list[int] = []
         self.finished = False
 
     def init(self, **options: Any) -> "FakeRun":
@@ -310,9 +315,16 @@ class FakeRun:
         self._maybe("init")
         return self
 
-    def log(self, values: dict, step: int) -> None:
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self._maybe("define_metric")
+        self.defined[name] = step_metric
+
+    def log(self, values: dict, step: int, commit: bool) -> None:
         self._maybe("log")
-        self.logged.append((step, values))
+        assert commit
+        values = dict(values)
+        self.logged.append((values.pop("step"), values))
+        self.numbers.append(step)
 
     def finish(self) -> None:
         self.finished = True
@@ -332,7 +344,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, fails: str) -> FakeRun:
     return run
 
 
-@pytest.mark.parametrize("fails", ["init", "log", "finish", "nothing"])
+@pytest.mark.parametrize("fails", ["init", "define_metric", "log", "finish", "nothing"])
 def test_weights_and_biases_that_fails_is_told_once(tmp_path, monkeypatch, capsys, fails):
     fake = fake_wandb(monkeypatch, fails)
     log = RunLog(tmp_path, 100, 0, wandb_project="cmac")
@@ -371,6 +383,20 @@ def test_a_run_that_goes_on_is_the_same_one_there(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     WandbLog("cmac", tmp_path / "other", {})
     assert fake.options["id"] != ids[0][0]
+
+
+def test_rows_of_steps_that_are_taken_again_are_sent_again(tmp_path, monkeypatch):
+    """W&B drops a row whose number is not above those before; after a resume those are the server's."""
+    fake = fake_wandb(monkeypatch, "nothing")
+    for start, steps_logged in ((0, (10, 20, 30)), (12, (20, 30, 40)), (40, (50,))):
+        log = RunLog(tmp_path, 100, start, wandb_project="cmac")
+        for step in steps_logged:
+            log.write(row(step))
+        log.close()
+        fake.starting_step = fake.numbers[-1] + 1
+    assert [step for step, _ in fake.logged] == [10, 20, 30, 20, 30, 40, 50]
+    assert fake.numbers == [10, 20, 30, 31, 32, 40, 50]  # their own while it can be
+    assert fake.defined == {"step": None, "*": "step"}
 
 
 @pytest.mark.parametrize("found", [None, importlib.machinery.ModuleSpec("wandb", None)])
@@ -420,3 +446,36 @@ def test_the_real_package_writes_rows_below_the_run_folder_when_it_is_offline(tm
         missing = [part for part in expected if part not in content]
     assert not missing and len(files) == 2
     assert not list(tmp_path.glob("wandb"))
+
+
+def history(path: Path) -> list[dict[str, float]]:
+    """Rows of a file of Weights & Biases: records of protobuf in the format of LevelDB's log, behind 7 bytes."""
+    record_type = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
+    data, position, record, rows = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # the rest of a block
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            items = record_type.FromString(record).history.item
+            if items:
+                rows.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+            record = b""
+    return rows
+
+
+def test_the_real_package_keeps_rows_of_steps_that_are_taken_again(tmp_path, offline):
+    log = WandbLog("cmac", tmp_path, {})
+    given = [(1000, 1.5), (1990, 2.5), (1010, 3.5), (1020, 4.5), (2000, 5.5)]
+    for step, loss in given:
+        log.write({"losses/loss": loss}, step)
+    log.close()
+    deadline, rows = time.monotonic() + 30, []
+    while len(rows) < len(given) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        rows = [found for path in tmp_path.glob("wandb/offline-run-*/*.wandb") for found in history(path)]
+    assert [(found["step"], found["losses/loss"]) for found in rows] == given
+    assert [found["_step"] for found in rows] == [1000, 1990, 1991, 1992, 2000]

@@ -1,11 +1,13 @@
 """Runs that are asked to stop, or cannot go on: what is saved, and that all ranks end at the same step."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ from cmac.nonfinite import tensors_not_finite
 from cmac.pretrain import Pretraining, pretrain, run, start
 from cmac.stop import Stopped, StopSignals
 from loaders.batch import ClipBatch
+
+
+@pytest.fixture(autouse=True)
+def hangup() -> Iterator[None]:
+    """The tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,8 @@ def checkpoints(run_dir: Path) -> list[int]:
 
 def test_a_signal_in_a_step_saves_that_step_and_the_run_goes_on_as_if_never_stopped(tmp_path, whole, capfd):
     wanted = config(tmp_path, max_steps=8)
-    for number, step in ((signal.SIGTERM, 2), (signal.SIGUSR1, 5), (signal.SIGINT, 6)):
+    signals = ((signal.SIGTERM, 2), (signal.SIGUSR1, 5), (signal.SIGINT, 6), (signal.SIGHUP, 7))
+    for number, step in signals:
         loader = FakeLoader()
         training = start(wanted, loader, CPU)
         signal_in_step(training, step, number)
@@ -124,10 +135,30 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(tmp_path):
 
 
 def test_handlers_are_put_back():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     with StopSignals():
         assert all(signal.getsignal(number) != handler for number, handler in before.items())
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with stop.interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_terminal_that_is_gone_does_not_keep_the_signal_from_being_noted(monkeypatch):
+    def write(*unused: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with StopSignals() as stop:
+        monkeypatch.setattr(os, "write", write)
+        os.kill(os.getpid(), signal.SIGHUP)
+        monkeypatch.undo()
+    assert stop.received == signal.SIGHUP
 
 
 def test_machines_that_do_not_reach_each_other_are_told_the_way_out(monkeypatch):
