@@ -257,7 +257,8 @@ def test_commands_of_the_compose_file_are_valid() -> None:
 
 
 def slurm_machine(tmp_path: Path, torchrun: str) -> dict[str, str]:
-    """srun as Slurm has it: runs the command and passes SIGUSR1 on to all processes of the step."""
+    """srun as Slurm has it: runs the command and passes SIGUSR1 on to all processes of the step. PREEMPTED is when the
+    job was pre-empted."""
     executable(
         tmp_path / "bin",
         "srun",
@@ -273,7 +274,11 @@ exit $status""",
     executable(
         tmp_path / "bin",
         "scontrol",
-        f'{STAND_IN}[ "$1" != show ] || printf "node07\\nnode08\\n"',
+        f"""{STAND_IN}
+case "$1 $2" in
+    "show hostnames") printf "node07\\nnode08\\n" ;;
+    "show job") printf '   PreemptEligibleTime=2026-01-02T03:04:05 PreemptTime=%s\\n' "${{PREEMPTED:-None}}" ;;
+esac""",
     )
     executable(
         tmp_path / "checkout/.venv/bin",
@@ -306,11 +311,11 @@ def test_slurm_starts_one_torchrun_per_node_that_meet_at_the_first(tmp_path: Pat
     assert lines[0] == "scontrol show hostnames node[07-08]"
     assert lines[1].startswith("srun --kill-on-bad-exit=1 --cpus-per-task=64 bash -c")
     port = 20000 + 1234567 % 20000
-    assert lines[-1] == (
+    assert lines[-2] == (
         f"torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint node07:{port} "
         f"--rdzv-id 1234567-0 {tmp_path}/checkout/train.py pretrain-k400 --run-dir /runs/a b"
     )
-    assert not any("requeue" in line for line in lines)
+    assert lines[-1] == "scontrol show job 1234567"  # which was not pre-empted
 
 
 def test_a_pre_empted_slurm_job_saves_and_is_queued_again(tmp_path: Path) -> None:
@@ -346,10 +351,60 @@ exit $status"""
     assert "rank ended with 0" in lines and lines[-1] == "scontrol requeue 1234567"
 
 
+@pytest.mark.parametrize(
+    "status, preempted, queued",
+    [
+        (1, "2026-01-02T05:00:00", True),
+        (0, "2026-01-02T05:00:00", False),
+        (1, "None", False),
+        (1, "Unknown", False),
+    ],
+)
+def test_a_slurm_job_that_is_pre_empted_without_notice_to_the_script_is_queued_again(
+    tmp_path: Path, status: int, preempted: str, queued: bool
+) -> None:
+    """The step got SIGTERM, of which torchrun ends with status 1 though its ranks have saved."""
+    environment = slurm_machine(tmp_path, f"exit {status}") | {"PREEMPTED": preempted}
+    command = [DEPLOY / "train.slurm", "pretrain-k400"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == (0 if queued else status), result.stderr
+    assert ("scontrol requeue 1234567" in (tmp_path / "log").read_text().splitlines()) == queued
+
+
+def test_a_slurm_job_whose_ranks_do_not_end_is_queued_again_in_time(tmp_path: Path) -> None:
+    """They wait for another in a collective, where no signal is seen."""
+    stalls = """trap '' USR1
+echo $$ > "$LOG.pid"
+while [ ! -e "$LOG.end" ]; do sleep 0.2; done"""
+    environment = slurm_machine(tmp_path, stalls) | {"CMAC_SAVE_SECONDS": "2"}
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(
+            [DEPLOY / "train.slurm", "pretrain-k400"], env=environment, stdout=out, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "log.pid").exists():
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+            for _ in range(2):  # a second one changes nothing
+                process.send_signal(signal.SIGUSR1)
+                time.sleep(0.5)
+            assert process.wait(timeout=20) == 0
+        finally:
+            (tmp_path / "log.end").touch()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "scontrol requeue 1234567"
+    said = (tmp_path / "out").read_text()
+    assert said.count("all ranks save") == 1 and "still run; the job is queued again" in said
+
+
 def test_slurm_directives_give_time_to_save_and_one_task_per_node() -> None:
     directives = re.findall(r"^#SBATCH (--\S+)", (DEPLOY / "train.slurm").read_text(), re.MULTILINE)
     for directive in ("--signal=B:USR1@120", "--requeue", "--ntasks-per-node=1", "--gpus-per-node=8"):
         assert directive in directives
+    seconds = re.search(r"CMAC_SAVE_SECONDS:-(\d+)", (DEPLOY / "train.slurm").read_text())[1]
+    assert 60 < int(seconds) <= 100  # within the 120
     assert "--open-mode=append" in directives  # the log of a job that is queued again stays
 
 
