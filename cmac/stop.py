@@ -1,8 +1,10 @@
 """Ending a run when it is asked to: pre-emption (SIGTERM, SIGUSR1), Ctrl-C (SIGINT), a terminal or an ssh session that
 is gone (SIGHUP). Needs the standard library."""
 
+import errno
 import os
 import signal
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
@@ -59,10 +61,24 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.received = self.received is None, self.received or signal.Signals(number)
+        if number == signal.SIGHUP:
+            _leave_lost_terminal()
         if first and not self._interruptible:
-            # Not print: the handler may run in the middle of one. And what is gone may be the terminal.
+            # Not print: the handler may run in the middle of one.
             with suppress(OSError):
                 os.write(2, f"{self.received.name}: the run stops after this step and saves it\n".encode())
         if self._interruptible:
             self._interruptible = False
             raise Stopped
+
+
+def _leave_lost_terminal() -> None:
+    """Has what goes to a terminal that is gone go nowhere: a print would fail, and with it what is left to do."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # of a file or a pipe ENOTTY
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
