@@ -342,6 +342,93 @@ def test_slurm_job_that_always_dies_is_given_up_with_its_log(
         list(run(str.upper, lambda: jobs.pop() if jobs else None, 1, limit_seconds=30))
 
 
+STAND_INS = {
+    # Calls are counted in $LOG; those named in $FAILING fail, or each with `all`. The copy is what Slurm does, too.
+    "sbatch": """
+echo sbatch >> "$LOG"
+number=$(grep -c sbatch "$LOG")
+case " $FAILING " in *" all "* | *" $number "*)
+    printf 'sbatch: error: Batch job submission failed:\\nSocket timed out on send/recv operation\\n' >&2
+    exit 1
+esac
+cp "$1" "$LOG-$number"
+SLURM_JOB_ID=$number bash "$LOG-$number" > /dev/null 2>&1 < /dev/null &
+echo "Submitted batch job $number"
+""",
+    "srun": """
+while [[ $1 == --* ]]; do
+    [[ $1 != --output && $1 != --error ]] || shift
+    shift
+done
+export SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+exec "$@"
+""",
+    "sacct": "echo 'JobID|State|NodeList'",
+    "scancel": 'echo scancel >> "$LOG"',
+}
+
+
+@pytest.fixture
+def slurm_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands on PATH, which start jobs on this machine; the calls of sbatch and scancel, one per line."""
+    pytest.importorskip("submitit")
+    (tmp_path / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.setitem(slurm_engine.POLL_SECONDS, "slurm", 0.1)
+    monkeypatch.setattr(slurm_engine, "FIRST_WAIT_SECONDS", 0.2)
+    return tmp_path / "log"
+
+
+def test_sbatch_that_fails_is_tried_again_and_what_runs_goes_on(
+    videos: Path,
+    reference: Path,
+    slurm_log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("FAILING", "2 3")
+    make_shards(configure(videos, tmp_path / "out", engine=slurm(cluster="slurm")))
+    assert contents(tmp_path / "out") == contents(reference)
+    calls = slurm_log.read_text().split()
+    assert len(calls) >= 4 and "scancel" not in calls
+    told = [record.getMessage() for record in caplog.records if "sbatch failed" in record.getMessage()]
+    assert len(told) == 1 and "failed: Socket timed out on send/recv operation" in told[0]
+
+
+def test_sbatch_that_always_fails_ends_the_run_in_one_line(
+    videos: Path,
+    slurm_log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FAILING", "all")
+    monkeypatch.setattr(slurm_engine, "SUBMIT_SECONDS", 1.0)
+    arguments = [
+        "--videos",
+        str(videos),
+        "--out",
+        str(tmp_path / "out"),
+        "--engine",
+        "slurm",
+        "--workers",
+        "2",
+    ]
+    assert make_tool.main(arguments) == 1
+    error = capfd.readouterr().err
+    assert re.fullmatch(
+        r"make_shards: sbatch failed for 1 s \(.*Socket timed out on send/recv operation\); check --slurm-option.*run "
+        r"the same command again.*\n",
+        error,
+    )
+    assert 3 <= slurm_log.read_text().count("sbatch") <= 5
+
+
 def test_slurm_options_become_those_of_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = pytest.importorskip("submitit")
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))

@@ -1,6 +1,9 @@
 """Jobs as Slurm jobs, through submitit: a chunk of them per Slurm job, which works on them with processes of its
 own (`shards.pool`), so that a video that crashes or hangs costs no other there either."""
 
+import contextlib
+import io
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,11 +13,17 @@ from typing import Any
 from shards.pool import JobFailed, without_main_module
 from shards.pool import run_jobs as run_in_processes
 
+log = logging.getLogger(__name__)
+
 FOLDER = "make_shards-slurm"
 """In the work area: scripts, logs and results of Slurm jobs."""
 SUBMISSIONS = 5
 """A chunk whose Slurm job ends without a result (pre-emption, a failed node, the time limit) is submitted so many
 times. Videos that have a result are not sliced again."""
+SUBMIT_SECONDS = 600.0
+"""sbatch may fail for so long (its controller is busy, a limit on submissions is reached) while nothing else runs."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 5.0, 120.0
+"""Before sbatch is tried again; doubled from the one to the other."""
 CPUS = 4
 """Of a Slurm job, where the options do not tell."""
 MINUTES = 240
@@ -26,9 +35,9 @@ POLL_SECONDS = {"local": 0.1}
 @dataclass
 class _Chunk:
     jobs: list[Any]
-    handle: Any
-    """submitit's job."""
-    num_submissions: int = 1
+    handle: Any = None
+    """submitit's job; None while it is to be submitted."""
+    num_submissions: int = 0
 
 
 def run_jobs(
@@ -50,27 +59,35 @@ def run_jobs(
             machine, which is for tests.
 
     Raises:
-        JobFailed: a job raised, or a chunk got no result though submitted `SUBMISSIONS` times.
+        JobFailed: a job raised, or a chunk got no result though submitted `SUBMISSIONS` times, or sbatch failed for
+            `SUBMIT_SECONDS` while nothing was running.
         ValueError: submitit or Slurm is not installed, or no `folder` is known.
     """
     submitit, executor, num_processes, poll_seconds = _executor(folder, options)
 
-    def submit(jobs: list[Any]) -> Any:
+    def send(jobs: list[Any]) -> Any:
         return executor.submit(_run_chunk, function, jobs, num_processes, limit_seconds)
 
+    errors = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
+    submitter = _Submitter(send, errors)
     chunks: list[_Chunk] = []
     try:
         while True:
-            while len(chunks) < num_workers:
-                jobs: list[Any] = []
-                while len(jobs) < chunk and (job := next_job()) is not None:
-                    jobs.append(job)
-                if not jobs:
+            while True:
+                waiting = next((one for one in chunks if one.handle is None), None)
+                if waiting is None:
+                    jobs: list[Any] = []
+                    while len(chunks) < num_workers and len(jobs) < chunk and (job := next_job()) is not None:
+                        jobs.append(job)
+                    if not jobs:
+                        break
+                    waiting = _Chunk(jobs)
+                    chunks.append(waiting)
+                if not submitter.submit(waiting, alone=all(one.handle is None for one in chunks)):
                     break
-                chunks.append(_Chunk(jobs, submit(jobs)))
             if not chunks:
                 return
-            ended = [one for one in chunks if one.handle.done()]
+            ended = [one for one in chunks if one.handle is not None and one.handle.done()]
             if not ended:
                 time.sleep(poll_seconds)
             for one in ended:
@@ -83,8 +100,7 @@ def run_jobs(
                             f"it ({str(error)[-1000:]}); see its log {one.handle.paths.stderr}, check --slurm-option, "
                             f"and run the same command again, it goes on where it stopped"
                         ) from None
-                    one.num_submissions += 1
-                    one.handle = submit(one.jobs)
+                    one.handle = None
                     continue
                 if not good:
                     raise JobFailed(outcomes)
@@ -92,7 +108,57 @@ def run_jobs(
                 yield from zip(one.jobs, outcomes, strict=True)
     finally:
         for one in chunks:
-            one.handle.cancel()
+            if one.handle is not None:
+                one.handle.cancel(check=False)
+
+
+class _Submitter:
+    """Hands chunks to Slurm, and waits after each failure before the next attempt, longer each time."""
+
+    def __init__(self, send: Callable[[list[Any]], Any], errors: tuple[type[Exception], ...]) -> None:
+        """errors: of `send`, when sbatch fails."""
+        self.send = send
+        self.errors = errors
+        self._forget()
+
+    def _forget(self) -> None:
+        self.wait = 0.0
+        self.next_attempt = 0.0
+        self.alone_since: float | None = None
+        self.text = ""
+
+    def submit(self, chunk: _Chunk, alone: bool) -> bool:
+        """Whether the chunk is with Slurm now; if not, call again later.
+
+        alone: no other chunk is with Slurm, so that this cannot go on for ever.
+        """
+        now = time.monotonic()
+        if now < self.next_attempt:
+            return False
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what the error holds
+                chunk.handle = self.send(chunk.jobs)
+        except self.errors as error:
+            text = " ".join(str(error).split()) or "without a word"
+            if not alone:
+                self.alone_since = None
+            elif self.alone_since is None:
+                self.alone_since = now
+            elif now - self.alone_since >= SUBMIT_SECONDS:
+                raise JobFailed(
+                    f"sbatch failed for {SUBMIT_SECONDS:.0f} s ({text}); check --slurm-option and whether Slurm takes "
+                    f"jobs (sinfo), and run the same command again, it goes on where it stopped"
+                ) from None
+            if text != self.text:
+                self.text = text
+                log.warning("sbatch failed (%s); it is tried again, what runs goes on", text)
+            self.wait = min(max(2 * self.wait, FIRST_WAIT_SECONDS), LONGEST_WAIT_SECONDS)
+            self.next_attempt = time.monotonic() + self.wait
+            return False
+        # Slurm may have taken the job of a failed attempt, too; it finds no file of its own and ends.
+        chunk.num_submissions += 1
+        self._forget()
+        return True
 
 
 def _run_chunk(
@@ -123,6 +189,14 @@ class _Numbered:
         return self.function(job[1])
 
 
+def processes_per_job(options: dict[str, str | bool]) -> int:
+    """Videos that a Slurm job works on at the same time; ValueError if the options tell no number."""
+    cpus = {name.replace("-", "_"): value for name, value in options.items()}.get("cpus_per_task", CPUS)
+    if not str(cpus).isdecimal() or int(cpus) < 1:
+        raise ValueError(f"--slurm-option cpus-per-task is {cpus!r}, expected a number from 1 on")
+    return int(cpus)
+
+
 def _executor(folder: str | None, options: dict[str, str | bool]) -> tuple[Any, Any, int, float]:
     """submitit, its executor, processes per Slurm job, seconds between two looks."""
     try:
@@ -137,9 +211,8 @@ def _executor(folder: str | None, options: dict[str, str | bool]) -> tuple[Any, 
             "the work area is at a URL and Slurm's files need a folder that all nodes see; add --slurm-option "
             "folder=PATH"
         )
-    cpus = sbatch.pop("cpus_per_task", CPUS)
-    if not str(cpus).isdecimal() or int(cpus) < 1:
-        raise ValueError(f"--slurm-option cpus-per-task is {cpus!r}, expected a number from 1 on")
+    cpus = processes_per_job(options)
+    sbatch.pop("cpus_per_task", None)
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -147,8 +220,8 @@ def _executor(folder: str | None, options: dict[str, str | bool]) -> tuple[Any, 
         raise ValueError(f"engine 'slurm': {error}; expected sbatch and srun on PATH") from error
     executor.update_parameters(
         name="make_shards",
-        cpus_per_task=int(cpus),
+        cpus_per_task=cpus,
         timeout_min=MINUTES,
         slurm_additional_parameters=sbatch,  # these win
     )
-    return submitit, executor, int(cpus), POLL_SECONDS.get(cluster, 5.0)
+    return submitit, executor, cpus, POLL_SECONDS.get(cluster, 5.0)
