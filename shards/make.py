@@ -18,7 +18,7 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any, Protocol
 from shards import lease, storage
 from shards.engines import EngineConfig, open_engine
 from shards.engines.slurm import FOLDER as SLURM_FOLDER
+from shards.engines.slurm import processes_per_job
 from shards.ffmpeg import ffmpeg_version, find_ffmpeg
 from shards.jobs import (
     RECORD_PREFIX,
@@ -132,10 +133,14 @@ class ShardConfig:
         """Where the work area is."""
         return self.work or storage.join(self.out, WORK_FOLDER)
 
-    @property
-    def job_seconds(self) -> float:
-        """Limit of one job: two passes at most, each with its own limit, and the rest of the work on it."""
-        remote = any(map(storage.is_url, (self.videos, self.out, self.work_location)))
+    def job_seconds(self, videos: Iterable[SourceVideo]) -> float:
+        """Limit of one job: two passes at most, each with its own limit, and the rest of the work on it.
+
+        videos: of this run; a list may name URLs though `videos` is a folder.
+        """
+        remote = any(map(storage.is_url, (self.videos, self.out, self.work_location))) or any(
+            video.path is not None and storage.is_url(video.path) for video in videos
+        )
         return 2 * self.timeout_seconds + 60 + (TRANSFER_SECONDS if remote else 0)
 
 
@@ -499,7 +504,8 @@ class _Run:
 
     def work_off(self) -> None:
         run_jobs = open_engine(self.config.engine, self.work)
-        for job, outcome in run_jobs(do_job, self.next_job, self.config.workers, self.config.job_seconds):
+        limit_seconds = self.config.job_seconds(self.videos)
+        for job, outcome in run_jobs(do_job, self.next_job, self.config.workers, limit_seconds):
             self.check_lease()
             if isinstance(outcome, Lost):
                 self._lost(job, outcome.reason)
@@ -615,6 +621,8 @@ class Estimate:
     """Expected, over all slots."""
     num_distinct_clips: int
     num_bytes: int
+    workers: int
+    """Videos at the same time in the run that is expected, each by a worker as fast as a core of this machine."""
     seconds: float
     """Expected wall time."""
 
@@ -622,24 +630,38 @@ class Estimate:
 def estimate_shards(config: ShardConfig, progress: ProgressListener | None = None) -> Estimate:
     """Slice a few videos (the first of the random order) and extrapolate. Writes nothing to `out`.
 
+    They are sliced by processes of this machine, one per core at most, whatever the engine.
+
     Raises:
         ValueError: wrong input.
     """
     progress = progress or SilentProgress()
     program = find_ffmpeg()
     videos = shuffled(list_videos(config, progress), config.seed, "videos", name=lambda video: video.video_id)
-    sample = videos[: max(DRY_RUN_VIDEOS, config.workers)]
+    workers = _videos_at_once(config, len(videos))
+    sample = videos[:DRY_RUN_VIDEOS]
     progress.start(len(sample), 0)
-    rows, num_bytes = [], 0
+    rows, num_bytes, busy_seconds = [], 0, 0.0
     with tempfile.TemporaryDirectory(prefix="make_shards-") as folder:
         settings = run_settings(config, program, ffmpeg_version(program), folder)
         os.mkdir(settings.temporary)
         jobs = [SliceJob(number=number, source=video, run=settings) for number, video in enumerate(sample)]
-        begin = time.monotonic()
-        for job, outcome in run_jobs(
-            do_job, lambda: jobs.pop(0) if jobs else None, config.workers, config.job_seconds
-        ):
-            row = give_up(job, outcome.reason) if isinstance(outcome, Lost) else outcome
+        begun: dict[int, float] = {}
+
+        def next_job() -> SliceJob | None:
+            if not jobs:
+                return None
+            job = jobs.pop(0)
+            begun[job.number] = time.monotonic()
+            return job
+
+        num_processes = min(config.workers, usable_cores())
+        for job, outcome in run_jobs(_do_timed, next_job, num_processes, config.job_seconds(sample)):
+            if isinstance(outcome, Lost):
+                row, seconds = give_up(job, outcome.reason), time.monotonic() - begun[job.number]
+            else:
+                row, seconds = outcome
+            busy_seconds += seconds
             rows.append(row)
             if row.num_clips:
                 with ResultFile(Path(result_location(folder, job.number))) as file:
@@ -648,7 +670,6 @@ def estimate_shards(config: ShardConfig, progress: ProgressListener | None = Non
                 num_bytes += config.slicing.max_clips * (clip_bytes + 3 * 512 + 2 * 256 + 1024)
             os.unlink(result_location(folder, job.number))
             progress.video_done(row)
-        elapsed = time.monotonic() - begin
     factor = len(videos) / len(sample)
     kept = [row for row in rows if row.status == "kept"]
     return Estimate(
@@ -659,8 +680,27 @@ def estimate_shards(config: ShardConfig, progress: ProgressListener | None = Non
         num_clips=round(len(kept) * factor * config.slicing.max_clips),
         num_distinct_clips=round(sum(row.num_clips for row in kept) * factor),
         num_bytes=round(num_bytes * factor),
-        seconds=elapsed * factor,
+        workers=workers,
+        seconds=busy_seconds * factor / workers,
     )
+
+
+def _do_timed(job: SliceJob) -> tuple[ReportRow, float]:
+    """Result of a job, and the seconds that it took; without the start of the process."""
+    begin = time.monotonic()
+    row = do_job(job)
+    return row, time.monotonic() - begin
+
+
+def _videos_at_once(config: ShardConfig, num_videos: int) -> int:
+    """Videos that the engine of a run works on at the same time; on this machine, one per core at most."""
+    engine = config.engine
+    if engine.name == "slurm":
+        num_jobs = min(config.workers, -(-num_videos // engine.slurm_chunk))
+        return min(num_jobs * processes_per_job(dict(engine.slurm_options)), num_videos)
+    if engine.name == "ray" and engine.ray_address is not None:
+        return min(config.workers, num_videos)
+    return min(config.workers, usable_cores(), num_videos)
 
 
 def report_csv(rows: list[ReportRow]) -> bytes:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from make_shards_worker import (
@@ -30,6 +32,7 @@ import shards.jobs
 import shards.lease
 import shards.make
 from shards.check import check_shards
+from shards.engines import EngineConfig
 from shards.ffmpeg import find_ffmpeg, run_ffmpeg
 from shards.make import (
     NothingKept,
@@ -669,6 +672,71 @@ def test_estimate_is_near_the_truth_and_writes_nothing(videos: Path, reference: 
     assert estimate.num_bytes == pytest.approx(manifest.num_bytes, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "engine, workers, at_once",
+    [
+        (EngineConfig(), 512, 2),
+        (EngineConfig(name="ray"), 512, 2),
+        (EngineConfig(name="ray", ray_address="auto"), 8, 8),
+        (EngineConfig(name="ray", ray_address="auto"), 512, 10),
+        (EngineConfig(name="slurm", slurm_chunk=5), 1, 4),
+        (EngineConfig(name="slurm", slurm_chunk=5, slurm_options=(("cpus-per-task", "3"),)), 512, 6),
+    ],
+)
+def test_dry_run_uses_the_cores_of_this_machine_and_counts_with_the_workers_of_the_run(
+    engine: EngineConfig,
+    workers: int,
+    at_once: int,
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """10 videos, of which 4 are sliced, in 3 seconds each as the clock has it."""
+    started: list[int] = []
+
+    def run(function: Callable, next_job: Callable, num_workers: int, limit_seconds: float) -> Iterator:
+        started.append(num_workers)
+        return run_here(function, next_job, num_workers, limit_seconds)
+
+    def slice_job(job: shards.jobs.SliceJob) -> shards.make.ReportRow:
+        now[0] += 3.0
+        return shards.jobs.give_up(job, "no-audio")
+
+    now = [100.0]
+    monkeypatch.setattr(shards.make, "DRY_RUN_VIDEOS", 4)
+    monkeypatch.setattr(shards.make, "usable_cores", lambda: 2)
+    monkeypatch.setattr(shards.make, "run_jobs", run)
+    monkeypatch.setattr(shards.make, "do_job", slice_job)
+    clock = SimpleNamespace(monotonic=lambda: now[0], time_ns=time.time_ns)
+    monkeypatch.setattr(shards.make, "time", clock)
+    estimate = estimate_shards(configure(videos, tmp_path / "out", engine=engine, workers=workers))
+    assert started == [min(workers, 2)]
+    assert (estimate.num_videos, estimate.num_sampled, estimate.workers) == (10, 4, at_once)
+    assert estimate.seconds == pytest.approx(10 * 3 / at_once)
+
+
+def test_jobs_may_take_longer_where_a_list_names_urls(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def run(function: Callable, next_job: Callable, num_workers: int, limit_seconds: float) -> Iterator:
+        limits.append(limit_seconds)
+        raise JobFailed("far enough")
+
+    monkeypatch.setattr(shards.make, "run_jobs", run)
+    monkeypatch.setattr(shards.make, "open_engine", lambda *unused: run)
+    for lines in ("one second.mp4\n", "one second.mp4\nhttps://127.0.0.1:9/two.mp4\n"):
+        (tmp_path / "list").write_text(lines)
+        config = configure(videos, tmp_path / "out", list_file=str(tmp_path / "list"), timeout_seconds=100)
+        for start in (make_shards, estimate_shards):
+            with pytest.raises(JobFailed):
+                start(config)
+        shutil.rmtree(tmp_path / "out")
+    remote = 260 + shards.make.TRANSFER_SECONDS
+    assert limits == [260, 260, remote, remote]
+
+
 # The command line.
 
 
@@ -717,7 +785,9 @@ def test_dry_run_of_the_tool(videos: Path, tmp_path: Path, capsys: pytest.Captur
         "ultrafast",
     ]
     assert make_tool.main(arguments) == 0
-    assert "10 videos; sliced 10 of them, kept 7" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "10 videos; sliced 10 of them, kept 7" in printed
+    assert "each as fast as a core of this machine" in printed
     assert not (tmp_path / "out").exists()
 
 

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         with TextProgress() as progress:
             if args.dry_run:
-                print(_describe_estimate(estimate_shards(config, progress), config.workers))
+                print(_describe_estimate(estimate_shards(config, progress)))
             else:
                 manifest = make_shards(config, progress)
                 print(_describe(manifest, args.out))
@@ -237,11 +237,12 @@ def _describe(manifest: Manifest, out: str) -> str:
     return "\n".join(lines)
 
 
-def _describe_estimate(estimate: Estimate, workers: int) -> str:
+def _describe_estimate(estimate: Estimate) -> str:
     lines = [
         f"{estimate.num_videos} videos; sliced {estimate.num_sampled} of them, kept {estimate.num_kept}",
         f"expected: {estimate.num_distinct_clips} different seconds, {estimate.num_clips} clips, "
-        f"{estimate.num_bytes / 1e9:.2f} GB, {estimate.seconds / 60:.1f} minutes with {workers} workers",
+        f"{estimate.num_bytes / 1e9:.2f} GB, {estimate.seconds / 60:.1f} minutes (worker processes: "
+        f"{estimate.workers}, each as fast as a core of this machine)",
     ]
     if estimate.skipped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(estimate.skipped.items()))
