@@ -1,6 +1,7 @@
 """Is a folder of shards whole, and what is in it: verification, statistics, a contact sheet."""
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 from shards.manifest import Manifest, ShardEntry, read_manifest
 from shards.mp4 import decode, open_decoder, read_video_track
 from shards.reader import RawClip, ShardReader, find_shard_fault
-from shards.schema import FRAME_SIZES, FRAMES_PER_CLIP, WAV_HEADER, BadClip, shard_stem
+from shards.schema import FRAME_SIZES, FRAMES_PER_CLIP, WAV_HEADER, BadClip, shard_stem, video_number
 from shards.slicing import loudness_dbfs
 from shards.storage import file_sha256
 
@@ -37,8 +38,9 @@ class ShardStatistics:
     """Videos by label."""
     seconds_per_video: Counter[int] = field(default_factory=Counter)
     """Videos by number of different seconds."""
-    loudness_dbfs: list[float] = field(default_factory=list)
-    source_fps: list[float] = field(default_factory=list)
+    loudness_dbfs: Counter[float] = field(default_factory=Counter)
+    """Clips by loudness."""
+    source_fps: Counter[float] = field(default_factory=Counter)
 
 
 @dataclass(kw_only=True)
@@ -74,22 +76,19 @@ def check_shards(
     for path in sorted(folder.glob("*.tar")):
         if path.name not in expected:
             problems.append(f"{path.name}: not in the manifest; delete it, or make the shards again")
-    videos_of: dict[int, dict[int, list[str]]] = {}
-    starts: dict[str, set[float]] = {}
-    label_of: dict[str, str | None] = {}
+    clips = _Clips()
+    clips_of: dict[int, dict[int, tuple[ShardEntry, slice]]] = {}
     for entry in manifest.shards:
-        found = _check_shard(folder, entry, manifest, decode, statistics, starts, label_of)
-        problems += found.problems[:MAX_PROBLEMS_PER_SHARD]
-        if len(found.problems) > MAX_PROBLEMS_PER_SHARD:
-            problems.append(f"{entry.name}: {len(found.problems) - MAX_PROBLEMS_PER_SHARD} more problems")
-        videos_of.setdefault(entry.index, {})[entry.slot] = found.video_ids
+        first = len(clips.videos)
+        found = _check_shard(folder, entry, manifest, decode, statistics, clips)
+        problems += found[:MAX_PROBLEMS_PER_SHARD]
+        if len(found) > MAX_PROBLEMS_PER_SHARD:
+            problems.append(f"{entry.name}: {len(found) - MAX_PROBLEMS_PER_SHARD} more problems")
+        clips_of.setdefault(entry.index, {})[entry.slot] = entry, slice(first, len(clips.videos))
         if on_shard is not None:
             on_shard(entry)
-    problems += _check_slots(manifest, videos_of)
-    statistics.num_videos = len(starts)
-    statistics.num_distinct_clips = sum(map(len, starts.values()))
-    statistics.seconds_per_video = Counter(map(len, starts.values()))
-    statistics.labels = Counter(label for label in label_of.values() if label is not None)
+    problems += _check_slots(folder, manifest, clips_of, np.asarray(clips.videos))
+    clips.count(statistics)
     for name, value in (
         ("num_clips", statistics.num_clips),
         ("num_videos", statistics.num_videos),
@@ -101,10 +100,42 @@ def check_shards(
     return CheckResult(manifest=manifest, problems=problems, statistics=statistics)
 
 
-@dataclass(kw_only=True)
-class _Found:
-    problems: list[str] = field(default_factory=list)
-    video_ids: list[str] = field(default_factory=list)
+class _Clips:
+    """What is kept of each clip that is read, in this order. A folder may have tens of millions."""
+
+    def __init__(self) -> None:
+        self.videos = array("Q")
+        """Numbers of the videos."""
+        self.starts = array("d")
+        """Seconds."""
+        self.labels = array("I")
+        """Places of the labels in `label_numbers`."""
+        self.label_numbers: dict[str | None, int] = {}
+
+    def add(self, clip: RawClip) -> None:
+        self.videos.append(video_number(clip.info.video_id))
+        self.starts.append(clip.info.start_seconds)
+        self.labels.append(self.label_numbers.setdefault(clip.info.label, len(self.label_numbers)))
+
+    def count(self, statistics: ShardStatistics) -> None:
+        """Set what depends on all clips of a video."""
+        videos, starts = np.asarray(self.videos), np.asarray(self.starts)
+        order = np.lexsort((starts, videos))
+        videos, starts = videos[order], starts[order]
+        first = np.ones(len(videos), bool)  # of its video
+        first[1:] = videos[1:] != videos[:-1]
+        different = first.copy()
+        different[1:] |= starts[1:] != starts[:-1]
+        groups = np.flatnonzero(first)
+        num_seconds = np.add.reduceat(different, groups, dtype=np.int64)
+        statistics.num_videos = len(groups)
+        statistics.num_distinct_clips = int(num_seconds.sum())
+        statistics.seconds_per_video = Counter(num_seconds.tolist())
+        last = np.maximum.reduceat(order, groups)
+        counts = np.bincount(np.asarray(self.labels)[last], minlength=len(self.label_numbers)).tolist()
+        statistics.labels = Counter(
+            {label: count for label, count in zip(self.label_numbers, counts) if label is not None and count}
+        )
 
 
 def _check_shard(
@@ -113,14 +144,14 @@ def _check_shard(
     manifest: Manifest,
     decode: bool,
     statistics: ShardStatistics,
-    starts: dict[str, set[float]],
-    label_of: dict[str, str | None],
-) -> _Found:
-    found = _Found()
+    clips: _Clips,
+) -> list[str]:
+    """Problems of one shard; adds its clips to `statistics` and `clips`."""
+    found: list[str] = []
     path = folder / entry.name
 
     def problem(text: str) -> None:
-        found.problems.append(f"{entry.name}: {text}")
+        found.append(f"{entry.name}: {text}")
 
     if path.stem != shard_stem(manifest.split, entry.slot, entry.index):
         problem(f"name does not fit split {manifest.split!r}, slot {entry.slot}, index {entry.index}")
@@ -164,16 +195,14 @@ def _check_shard(
                 loudness = loudness_dbfs(waveform(clip))
                 if abs(loudness - info.loudness_dbfs) > 0.02:
                     problem(f"clip {info.key}: loudness {loudness}, key.json has {info.loudness_dbfs}")
-            found.video_ids.append(info.video_id)
-            starts.setdefault(info.video_id, set()).add(info.start_seconds)
-            label_of[info.video_id] = info.label
+            clips.add(clip)
             statistics.num_clips += 1
             statistics.video_bytes += len(clip.video)
             statistics.audio_bytes += len(clip.audio)
             statistics.frame_sizes[info.frame_width, info.frame_height] += 1
             statistics.source_sizes[info.source_width, info.source_height] += 1
-            statistics.loudness_dbfs.append(info.loudness_dbfs)
-            statistics.source_fps.append(info.source_fps)
+            statistics.loudness_dbfs[info.loudness_dbfs] += 1
+            statistics.source_fps[info.source_fps] += 1
     return found
 
 
@@ -193,24 +222,53 @@ def _find_flaw(clip: RawClip) -> str | None:
     return None
 
 
-def _check_slots(manifest: Manifest, videos_of: dict[int, dict[int, list[str]]]) -> list[str]:
-    """Every slot has each video once, and equal indices the same videos in the same order."""
+def _check_slots(
+    folder: Path,
+    manifest: Manifest,
+    clips_of: dict[int, dict[int, tuple[ShardEntry, slice]]],
+    videos: np.ndarray,
+) -> list[str]:
+    """Every slot has each video once, and equal indices the same videos in the same order.
+
+    Args:
+        clips_of: per index and slot, the shard and where the videos of its clips are in `videos`.
+    """
     problems = []
-    seen: Counter[str] = Counter()
-    for index, by_slot in sorted(videos_of.items()):
+    first_shards = []
+    for index, by_slot in sorted(clips_of.items()):
         if sorted(by_slot) != list(range(manifest.num_slots)):
             problems.append(f"index {index}: slots {sorted(by_slot)}, expected 0 to {manifest.num_slots - 1}")
-        first = by_slot[min(by_slot)]
-        seen.update(first)
-        for slot, ids in sorted(by_slot.items()):
-            if ids != first:
+        first_shards.append(by_slot[min(by_slot)])
+        first = videos[first_shards[-1][1]]
+        for slot, (_, place) in sorted(by_slot.items()):
+            if not np.array_equal(videos[place], first):
                 problems.append(
                     f"index {index}: slot {slot} does not hold the videos of slot {min(by_slot)} in order"
                 )
-    repeated = [name for name, count in seen.items() if count > 1]
-    if repeated:
-        problems.append(f"{len(repeated)} videos are in a slot more than once, for example {repeated[0]!r}")
+    numbers, counts = np.unique(
+        np.concatenate([videos[place] for _, place in first_shards] or [videos]), return_counts=True
+    )
+    repeated = numbers[counts > 1]
+    if len(repeated):
+        name = next(
+            name
+            for entry, place in first_shards
+            if np.isin(videos[place], repeated).any()
+            for name in _video_ids(folder / entry.name)
+            if video_number(name) in repeated
+        )
+        problems.append(f"{len(repeated)} videos are in a slot more than once, for example {name!r}")
     return problems
+
+
+def _video_ids(path: Path) -> Iterator[str]:
+    """Videos of the clips of a shard, those left out that cannot be read."""
+    with ShardReader(path) as reader:
+        for position in range(len(reader)):
+            try:
+                yield reader.read(position).info.video_id
+            except BadClip:
+                continue
 
 
 def waveform(clip: RawClip) -> np.ndarray:

@@ -840,6 +840,65 @@ def test_check_tool_tells_what_is_wrong(
     assert "manifest.json does not exist" in capsys.readouterr().err
 
 
+def test_check_tool_tells_what_is_wrong_though_it_cannot_write_the_contact_sheet(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    (out / check_tool.DEFAULT_SHEET).mkdir()
+    monkeypatch.setattr(check_tool, "LINE_SECONDS", 0.0)
+    assert check_tool.main([str(out)]) == 0
+    printed, errors = capsys.readouterr()
+    assert printed.endswith("all is well\n")
+    assert "no contact sheet ([Errno 21] Is a directory" in errors and "--contact-sheet FILE" in errors
+    num_shards = len(list(out.glob("*.tar")))
+    assert errors.count(" shards  ") == num_shards and f"{num_shards}/{num_shards} shards" in errors
+
+    first = min(out.glob("*.tar"))
+    first.write_bytes(first.read_bytes()[:-10240])
+    assert check_tool.main([str(out)]) == 1
+    errors = capsys.readouterr().err
+    assert 0 < errors.index("PROBLEM") < errors.index("problems in") < errors.index("no contact sheet")
+
+
+def test_check_counts_seconds_labels_and_repeated_videos(reference: Path, tmp_path: Path) -> None:
+    """Against sums over the clips, of a whole folder and of one in which two blocks hold the same videos."""
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    record = json.loads((out / "manifest.json").read_bytes())
+    for entry in [entry for entry in record["shards"] if entry["index"] == 0 and entry["slot"] < 2]:
+        copy = {**entry, "index": 9, "name": entry["name"].replace("-000000.", "-000009.")}
+        for suffix in (".tar", ".idx"):
+            shutil.copy(
+                out / entry["name"].replace(".tar", suffix), out / copy["name"].replace(".tar", suffix)
+            )
+        record["shards"].append(copy)
+    (out / "manifest.json").write_text(json.dumps(record))
+    for folder in (reference, out):
+        result = check_shards(folder)
+        infos = []
+        for shard in result.manifest.shards:
+            with ShardReader(folder / shard.name) as reader:
+                infos += [(shard, reader.read(position).info) for position in range(len(reader))]
+        starts: dict[str, set[float]] = {}
+        for _, info in infos:
+            starts.setdefault(info.video_id, set()).add(info.start_seconds)
+        counts = result.statistics
+        assert (counts.num_clips, counts.num_videos) == (len(infos), len(starts))
+        assert counts.num_distinct_clips == sum(map(len, starts.values()))
+        assert counts.seconds_per_video == Counter(map(len, starts.values()))
+        assert counts.labels == Counter(
+            dict((info.video_id, info.label) for _, info in infos if info.label is not None).values()
+        )
+        assert counts.loudness_dbfs == Counter(info.loudness_dbfs for _, info in infos)
+        if folder == reference:
+            assert result.problems == []
+            continue
+        twice = [info.video_id for shard, info in infos if (shard.slot, shard.index) == (0, 9)]
+        told = f"{len(twice)} videos are in a slot more than once, for example {twice[0]!r}"
+        assert told in result.problems and "index 9: slots [0, 1], expected 0 to 2" in result.problems
+
+
 def test_check_sees_slots_that_do_not_belong_together(reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(reference, out)

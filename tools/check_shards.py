@@ -3,12 +3,13 @@
     python tools/check_shards.py OUT [--decode] [--contact-sheet FILE] [--log-mel-stats [N]]
 
 Every shard's size and SHA-256 are compared with the manifest, every clip's checksums with its key.json, the
-index with the tar, and slots with each other. Exit status: 0 if all is well, 1 if there are problems, 2 for
-wrong input.
+index with the tar, and slots with each other. A contact sheet that cannot be written is told and changes nothing.
+Exit status: 0 if all is well, 1 if there are problems, 2 for wrong input.
 """
 
 import argparse
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import numpy as np
 
 from shards import storage
 from shards.check import CheckResult, check_shards, spread_clips, waveform, write_contact_sheet
-from shards.manifest import Manifest
-from shards.progress import print_any_name
+from shards.manifest import Manifest, ShardEntry, read_manifest
+from shards.progress import LINE_SECONDS, print_any_name
 
 DEFAULT_SHEET = "contact_sheet.png"
 
@@ -59,24 +60,66 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.folder} is a URL, expected a folder of this machine; copy it, or let make_shards --verify "
                 f"compare the checksums there"
             )
-        result = check_shards(args.folder, decode=args.decode)
-        print(_describe(result))
-        if args.contact_sheet != "":
-            sheet = args.contact_sheet or str(Path(args.folder) / DEFAULT_SHEET)
-            num_clips = write_contact_sheet(sheet, args.folder, result.manifest, args.clips)
-            print(f"contact sheet of {num_clips} clips: {sheet}")
-        if args.log_mel_stats is not None:
-            print(_log_mel_stats(args.folder, result.manifest, args.log_mel_stats))
+        progress = _Progress(read_manifest(args.folder))
+        result = check_shards(args.folder, decode=args.decode, on_shard=progress.shard_done)
     except (ValueError, OSError) as error:
-        print(f"check_shards: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
+    print(_describe(result))
     for problem in result.problems:
         print(f"PROBLEM {problem}", file=sys.stderr)
     if result.problems:
         print(f"check_shards: {len(result.problems)} problems in {args.folder}", file=sys.stderr)
-        return 1
-    print("all is well")
-    return 0
+    else:
+        print("all is well")
+    sys.stdout.flush()
+    if args.contact_sheet != "":
+        sheet = args.contact_sheet or str(Path(args.folder) / DEFAULT_SHEET)
+        try:
+            num_clips = write_contact_sheet(sheet, args.folder, result.manifest, args.clips)
+            print(f"contact sheet of {num_clips} clips: {sheet}")
+        except OSError as error:
+            _fail(f"no contact sheet ({error}); choose another place with --contact-sheet FILE")
+        except ValueError as error:
+            _fail(f"no contact sheet ({error})")
+    status = 1 if result.problems else 0
+    if args.log_mel_stats is not None:
+        try:
+            print(_log_mel_stats(args.folder, result.manifest, args.log_mel_stats))
+        except (ValueError, OSError) as error:
+            failed = _fail(error)
+            return status or failed
+    return status
+
+
+def _fail(error: object) -> int:
+    print(f"check_shards: {error}", file=sys.stderr)
+    return 2
+
+
+class _Progress:
+    """A line on standard error now and then."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.num_shards = len(manifest.shards)
+        self.num_bytes = sum(entry.bytes for entry in manifest.shards)
+        self.shards_done = self.bytes_done = 0
+        self.begin = self.last = time.monotonic()
+
+    def shard_done(self, entry: ShardEntry) -> None:
+        self.shards_done += 1
+        self.bytes_done += entry.bytes
+        now = time.monotonic()
+        if now - self.last < LINE_SECONDS:
+            return
+        self.last = now
+        elapsed = now - self.begin
+        left = elapsed * (self.num_bytes / max(self.bytes_done, 1) - 1)
+        print(
+            f"{self.shards_done}/{self.num_shards} shards  {self.bytes_done / 1e9:.2f} of {self.num_bytes / 1e9:.2f} "
+            f"GB  {elapsed:.0f} s, about {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _describe(result: CheckResult) -> str:
@@ -118,7 +161,8 @@ def _most_common(counter: Counter, num: int = 8) -> str:
     return ", ".join(parts + (["..."] if len(counter) > num else []))
 
 
-def _quantiles(values: list[float]) -> str:
+def _quantiles(counter: Counter[float]) -> str:
+    values = np.repeat(list(counter), list(counter.values()))
     low, q20, median, q80, high = np.quantile(values, (0, 0.2, 0.5, 0.8, 1))
     return f"median {median:.2f}, 20-80 % {q20:.2f} to {q80:.2f}, all {low:.2f} to {high:.2f}"
 
