@@ -34,7 +34,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cmac.agreement import RankLost, is_lost_connection
 from cmac.config import PRESETS, VARIANTS, RunConfig, apply_variant
-from cmac.pretrain import PeerFailed, record_bad_clips, run, start
+from cmac.pretrain import PeerFailed, run, start
 from cmac.stop import Stopped, StopSignals
 from cmac.watchdog import Watchdog
 from loaders import Loader, build_loader
@@ -114,8 +114,6 @@ def main() -> None:
         try:
             run(training, loader, stop, watchdog)
         except Exception as error:
-            if isinstance(error, TooManyBadClips):  # the batch that was one too many was not handed out
-                record_bad_clips(Path(config.run_dir) / "bad_clips.jsonl", error.batch)
             _fail(error, (FloatingPointError, TooManyBadClips, WorkerDied, OSError, PeerFailed, RankLost))
         finally:
             loader.close()

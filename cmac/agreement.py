@@ -24,6 +24,10 @@ class Outlook:
     """Some rank was asked to stop."""
     failed: bool
     """Some rank has no batch, as its loader failed."""
+    num_clips: int = 0
+    """Clips of the ranks' batches, summed."""
+    num_bad: int = 0
+    """Those of them that are bad."""
 
 
 class Agreement:
@@ -50,20 +54,27 @@ class Agreement:
                     "has ended, name the machine's network interface in the variable GLOO_SOCKET_IFNAME"
                 ) from error
 
-    def outlook(self, *, stop: bool, failed: bool) -> Outlook:
+    def outlook(self, *, stop: bool, failed: bool, num_clips: int = 0, num_bad: int = 0) -> Outlook:
         """Whether all ranks can take the next step: one small all-reduce, which waits for the slowest rank's batch.
+
+        Args:
+            stop: this rank was asked to stop.
+            failed: this rank has no batch, as its loader failed.
+            num_clips: clips of this rank's batch.
+            num_bad: those of them that are bad.
 
         Raises:
             RankLost: a rank is gone.
         """
         if self._group is None:
-            return Outlook(stop, failed)
-        flags = torch.tensor([stop, failed], dtype=torch.int32)
+            return Outlook(stop, failed, num_clips, num_bad)
+        sums = torch.tensor([stop, failed, num_clips, num_bad], dtype=torch.int64)
         try:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=self._group)
         except RuntimeError as error:
             raise _lost(error) from error
-        return Outlook(*map(bool, flags.tolist()))
+        num_stop, num_failed, num_clips, num_bad = sums.tolist()
+        return Outlook(num_stop > 0, num_failed > 0, num_clips, num_bad)
 
     def gather(self, value: Any) -> list[Any]:
         """value of each rank, by rank.

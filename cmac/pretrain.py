@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmac.agreement import Agreement
+from cmac.agreement import Agreement, Outlook
 from cmac.checkpoint import (
     build_model,
     list_checkpoints,
@@ -29,12 +30,13 @@ from cmac.model import CMAC, StepOutput
 from cmac.nonfinite import StepWindow, tensors_not_finite
 from cmac.optim import OptimizerConfig
 from cmac.provenance import git_commit
-from cmac.run_log import RunLog
+from cmac.run_log import Output, RunLog
 from cmac.step import Precision, TrainingStep
 from cmac.stop import Stopped, StopSignals
 from cmac.wandb_log import check_wandb
 from cmac.watchdog import Watchdog
 from loaders import Loader
+from loaders.base import ClipCounts, TooManyBadClips, is_over_budget
 from loaders.batch import ClipBatch
 from shards.manifest import write_atomically
 
@@ -92,6 +94,7 @@ class Pretraining:
         self.step = 0
         self.train_seconds = 0.0
         self.bad_clips: Counter[str] = Counter()  # by reason, since the start of the run, of all ranks
+        self.clips_seen = 0  # the same of all clips, without padding
         self.commit = git_commit() if self.rank == 0 else None
 
         torch.manual_seed(config.seed)
@@ -170,6 +173,7 @@ class Pretraining:
             "rng": states,
             "train_seconds": self.train_seconds,
             "bad_clips": dict(self.bad_clips),
+            "clips_seen": self.clips_seen,
             "skipped_steps": self.skipped_steps,
             "commit": self.commit,
         }
@@ -180,6 +184,8 @@ class Pretraining:
         self.train_seconds = state["train_seconds"]
         bad = state["bad_clips"]  # a number alone in checkpoints of older versions
         self.bad_clips = Counter(bad if isinstance(bad, dict) else {"unknown": bad} if bad else {})
+        per_step = self.config.loader.global_batch_size * self.config.loader.clips_per_video
+        self.clips_seen = state.get("clips_seen", self.step * per_step)  # not in those of older versions
         self.trainer.load_state_dict(state)
         self.trainer.skipped_steps = state.get("skipped_steps", 0)
         loader.load_state_dict(state["loader"])
@@ -266,12 +272,13 @@ def run(
 ) -> bool:
     """Train to the last step, logging and saving into the run folder. All ranks must call it.
 
-    When a signal asks any rank to stop, or the loader of any rank fails, all ranks end before the next step and
-    write a checkpoint of where they are.
+    When a signal asks any rank to stop, the loader of any rank fails, or more than loader.max_bad_fraction of the
+    clips of all ranks since the start of the run are bad, all ranks end before the next step and write a checkpoint
+    of where they are.
 
     Args:
         training: from `start`.
-        loader: the one that `start` was given.
+        loader: the one that `start` was given; it no longer judges its bad clips itself.
         stop: entered by the caller; nothing stops the run when left out.
         watchdog: likewise; nothing watches when left out.
 
@@ -282,6 +289,7 @@ def run(
         FloatingPointError: the loss or a weight is no longer finite, or too many steps were left out.
         PeerFailed: the loader of another rank failed.
         RankLost: another rank is gone.
+        TooManyBadClips: on all ranks, each with its own batch, which was not trained on.
         Exception: whatever this rank's loader raised.
     """
     return _Run(
@@ -302,6 +310,12 @@ class _Run:
         self._folder = Path(config.run_dir)
         self._agreement = training.agreement
         self._window = StepWindow(self._folder / "nonfinite", training.rank, self._agreement)
+        bad_clips = self._folder / "bad_clips.jsonl"
+        self._bad_list = Output(str(bad_clips), lambda batch: record_bad_clips(bad_clips, batch))
+        loader.judges_bad_clips = False
+        self._bad_before = training.bad_clips.copy()
+        self._counts = ClipCounts()  # of this rank, since this process started
+        self._num_bad = training.bad_clips.total()  # of all ranks, since the start of the run
         self._log = None
         if training.rank == 0:
             self._log = RunLog(
@@ -326,6 +340,7 @@ class _Run:
         return finished
 
     def _close_log(self) -> None:
+        self._bad_list.close()
         if self._log is not None:
             self._log.close()
 
@@ -360,15 +375,55 @@ class _Run:
                 pass
             except Exception as error:  # whatever it is, the other ranks wait for this one
                 failure = error
+            own = ClipCounts()
+            if batch is not None:
+                own.add(batch)
             with watchdog.doing("waiting for the other ranks"):
-                outlook = self._agreement.outlook(stop=stop.received is not None, failed=failure is not None)
+                outlook = self._agreement.outlook(
+                    stop=stop.received is not None,
+                    failed=failure is not None,
+                    num_clips=own.seen,
+                    num_bad=own.bad,
+                )
             if outlook.stop or outlook.failed:
                 raise _Halt(position, outlook.stop, failure)
+            self._list_bad_clips(batch)
+            if not self._count(batch, outlook):
+                raise _Halt(position, False, self._too_many_bad_clips(batch, outlook))
             yield batch
+
+    def _list_bad_clips(self, batch: ClipBatch) -> None:
+        num_bad = len(batch.bad) + (0 if batch.second is None else len(batch.second.bad))
+        if num_bad > 0:
+            self._bad_list.write(batch, num_bad)
+
+    def _count(self, batch: ClipBatch, outlook: Outlook) -> bool:
+        """Count the clips of the next step. False, and nothing is counted, if with them too many of all are bad."""
+        training = self._training
+        num_bad, num_seen = self._num_bad + outlook.num_bad, training.clips_seen + outlook.num_clips
+        allowed = training.config.loader.max_bad_fraction
+        if is_over_budget(num_bad, num_seen, allowed, complete=batch.step == training.steps_per_epoch - 1):
+            return False
+        self._counts.add(batch)
+        self._num_bad, training.clips_seen = num_bad, num_seen
+        return True
+
+    def _too_many_bad_clips(self, batch: ClipBatch, outlook: Outlook) -> TooManyBadClips:
+        """The same message on all ranks. Shards are known of those clips that came since this process started."""
+        training, counts = self._training, self._counts
+        counts.add(batch)
+        with self._watchdog.doing("waiting for the other ranks"):
+            ranks = self._agreement.gather((counts.by_reason, counts.by_shard))
+        whole = ClipCounts(seen=training.clips_seen + outlook.num_clips, by_reason=self._bad_before.copy())
+        for by_reason, by_shard in ranks:
+            whole.by_reason.update(by_reason)
+            whole.by_shard.update(by_shard)
+        whose = f" of all {training.world_size} ranks" if training.world_size > 1 else ""
+        loader = training.config.loader
+        return TooManyBadClips(whole.over_budget(loader.max_bad_fraction, loader.shards, whose), batch)
 
     def _take(self, batch: ClipBatch) -> None:
         training, config = self._training, self._training.config
-        record_bad_clips(self._folder / "bad_clips.jsonl", batch)
         skipped_before = training.skipped_steps
         with self._watchdog.doing("in a step"):
             output = training.train_step(batch)
@@ -467,7 +522,8 @@ class _Run:
                 print("".join(f"{failure}\n" for failure in failures), end="", file=sys.stderr, flush=True)
                 print(f"{signals[0]}: the run stops", flush=True)
             where = f"step {training.step} of {training.total_steps}"
-            print(f"{where} is saved; the same command goes on from there", flush=True)
+            if training.step > 0:
+                print(f"{where} is saved; the same command goes on from there", flush=True)
         if halt.stop:
             return False
         if halt.failure is not None:
@@ -476,7 +532,12 @@ class _Run:
 
 
 def record_bad_clips(path: Path, batch: ClipBatch) -> None:
-    """Append a line with epoch, step, key, shard and reason for each bad clip of a rank's batch."""
+    """Append a line with epoch, step, key, shard and reason for each bad clip of a rank's batch, all in one write, as
+    other ranks append to the same file.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     bad = batch.bad if batch.second is None else (*batch.bad, *batch.second.bad)
     if not bad:
         return
@@ -490,8 +551,13 @@ def record_bad_clips(path: Path, batch: ClipBatch) -> None:
         }
         for clip in bad
     ]
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with open(path, "ab", buffering=0) as file:
+        written = file.write(data)
+        if written < len(data):
+            if os.fstat(file.fileno()).st_size == file.tell():  # no other rank has appended since
+                file.truncate(file.tell() - written)
+            raise OSError(f"{written} of {len(data)} bytes could be written")
 
 
 def keep_bad_clips_up_to(path: Path, step: int, steps_per_epoch: int) -> None:

@@ -102,10 +102,10 @@ class RunLog:
         self._wandb = WandbLog(wandb_project, run_dir, config or {}) if wandb_project else None
         tensorboard = _TensorBoard(run_dir / "tb", start_step)
         self._outputs = [
-            _Output(str(self.path), _Rows(self.path, start_step).write),
+            Output(str(self.path), _Rows(self.path, start_step).write),
             # Exception: where TensorFlow is installed, TensorBoard writes through it, and it has errors of its own.
-            _Output("TensorBoard", tensorboard.write, tensorboard.close, Exception, longest_rest=64),
-            _Output("standard output", self._print),
+            Output("TensorBoard", tensorboard.write, tensorboard.close, Exception, longest_rest=64),
+            Output("standard output", self._print),
         ]
         console = Console(file=sys.stderr)
         self._progress = None
@@ -161,12 +161,12 @@ class RunLog:
             self._wandb.close()
 
 
-class _Output:
+class Output:
     """Where rows go; a failure is told once and ends nothing.
 
     Args:
         name: what it is called in what is told.
-        write: takes a row.
+        write: takes what `write` is given.
         close: ends it.
         errors: what counts as failure.
         longest_rest: rows for which it is not tried again after a failure, at most.
@@ -175,7 +175,7 @@ class _Output:
     def __init__(
         self,
         name: str,
-        write: Callable[[Row], None],
+        write: Callable[[Any], None],
         close: Callable[[], None] = lambda: None,
         errors: type[Exception] = OSError,
         longest_rest: int = 0,
@@ -184,18 +184,18 @@ class _Output:
         self._longest_rest = longest_rest
         self._num_lost = self._num_failures = self._rest = 0
 
-    def write(self, row: Row) -> None:
-        """Write a row, or count it as lost."""
+    def write(self, row: Any, num_rows: int = 1) -> None:
+        """Write a row, or num_rows of them at once, or count them as lost."""
         if self._rest > 0:
             self._rest -= 1
-            self._num_lost += 1
+            self._num_lost += num_rows
             return
         try:
             self._write(row)
         except self._errors as error:
             if self._num_lost == 0:
                 _warn(f"{self._name}: {error}; the run goes on, rows are lost until writing works again")
-            self._num_lost += 1
+            self._num_lost += num_rows
             self._num_failures += 1
             self._rest = min(2**self._num_failures - 1, self._longest_rest)
             return

@@ -21,6 +21,9 @@ class Loader(Protocol):
     """The epoch that iterating yields batches of."""
     bad_clips: "Counter[str]"
     """Clips of this rank that could not be used, by reason, over all epochs since the loader was made."""
+    judges_bad_clips: bool
+    """Whether iterating ends with TooManyBadClips when this rank's clips are over max_bad_fraction. A training turns it
+    off, and judges the clips of all ranks together."""
 
     def __iter__(self) -> "Iterator[ClipBatch]":
         """The rest of the current epoch; when it is used up, the loader is at the start of the next epoch."""

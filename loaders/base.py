@@ -1,11 +1,12 @@
 """What all loaders share: the order of clips, the position in it, its state, and the budget for bad clips."""
 
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,74 @@ from loaders.shared_memory import SharedBuffer
 from shards.manifest import read_manifest
 from shards.storage import Retry, is_url
 
-MIN_CLIPS_FOR_BUDGET = 100  # max_bad_fraction is not judged on fewer
+MIN_CLIPS_FOR_BUDGET = 100  # of fewer, one bad clip or two say nothing of their share
+CHANCE_OF_BUDGET = 1e-6  # that clips within max_bad_fraction look as bad as those that end a run, at most
 STATE_VERSION = 2
 
 log = logging.getLogger(__name__)
 
 
 class TooManyBadClips(RuntimeError):
-    """More than max_bad_fraction of the clips seen could not be used."""
+    """More than max_bad_fraction of the clips could not be used."""
 
     def __init__(self, message: str, batch: ClipBatch) -> None:
         super().__init__(message)
         self.batch = batch
         """The batch with which they became too many: it is not handed out, but its bad clips count."""
+
+
+@dataclass(kw_only=True)
+class ClipCounts:
+    """How many clips were seen, and which of them were bad."""
+
+    seen: int = 0
+    """Without padding; of two clips per video both count."""
+    by_reason: Counter[str] = field(default_factory=Counter)
+    """Bad clips by reason."""
+    by_shard: Counter[str] = field(default_factory=Counter)
+    """Bad clips by the shard that holds them."""
+
+    @property
+    def bad(self) -> int:
+        """Number of bad clips."""
+        return self.by_reason.total()
+
+    def add(self, batch: ClipBatch) -> None:
+        """Count a batch, and its second clips."""
+        for part in (batch, batch.second):
+            if part is not None:
+                self.seen += sum(key != "" for key in part.keys)
+                self.by_reason.update(record.reason for record in part.bad)
+                self.by_shard.update(record.shard for record in part.bad)
+
+    def over_budget(self, allowed: float, folder: str, whose: str = "") -> str:
+        """What is said where more than `allowed` of them are bad. whose: follows the number of clips."""
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.by_reason.most_common())
+        shards = ", ".join(f"{shard} ({count})" for shard, count in self.by_shard.most_common(3))
+        return (
+            f"{self.bad} of {self.seen} clips{whose} are bad ({reasons}), expected at most {allowed:.2%} "
+            f"(loader.max_bad_fraction); {f'most are in {shards}; ' if shards else ''}run tools/check_shards.py on "
+            f"{folder}"
+        )
+
+
+def is_over_budget(num_bad: int, num_seen: int, allowed: float, *, complete: bool) -> bool:
+    """Whether more than the share `allowed` of all clips is bad, as far as those seen tell.
+
+    complete: they are all there are; from MIN_CLIPS_FOR_BUDGET on they are simply compared. Otherwise they are a
+    sample, and it has to be clear: where `allowed` of all clips are bad, a share b or more of a sample is with a chance
+    of at most exp(-num_seen * KL(b || allowed)) (Chernoff), which has to be below CHANCE_OF_BUDGET. With 1 % allowed
+    four clips are enough if all are bad, 340 if 5 % are, and 3,500 if 2 % are.
+    """
+    if num_bad <= allowed * num_seen:
+        return False
+    if allowed == 0 or (complete and num_seen >= MIN_CLIPS_FOR_BUDGET):
+        return True
+    share = num_bad / num_seen
+    divergence = share * math.log(share / allowed)
+    if share < 1:
+        divergence += (1 - share) * math.log((1 - share) / (1 - allowed))
+    return num_seen * divergence > -math.log(CHANCE_OF_BUDGET)
 
 
 class WorkerDied(RuntimeError):
@@ -100,9 +156,9 @@ class PositionedLoader(ABC):
             )
         self.epoch = 0
         self._next_batch = 0
-        self.bad_clips: Counter[str] = Counter()
-        self._bad_by_shard: Counter[str] = Counter()
-        self._clips_seen = 0
+        self.judges_bad_clips = True
+        self._counts = ClipCounts()
+        self._began_epoch = True  # the batches of this epoch were all handed out here
         self._ahead: FetchAhead | None = None
 
     @abstractmethod
@@ -112,6 +168,11 @@ class PositionedLoader(ABC):
     @abstractmethod
     def close(self) -> None:
         """End what works ahead. Iterating again starts it anew at the current position."""
+
+    @property
+    def bad_clips(self) -> Counter[str]:
+        """See `loaders.Loader`."""
+        return self._counts.by_reason
 
     @property
     def batch_size(self) -> int:
@@ -187,7 +248,7 @@ class PositionedLoader(ABC):
         """The batches that are left of the current epoch.
 
         Raises:
-            TooManyBadClips: more than max_bad_fraction of the clips seen were bad.
+            TooManyBadClips: more than max_bad_fraction of the clips are bad; not with judges_bad_clips off.
             SourceError: the URL of the shards could not be read.
             WorkerDied: a worker process died, or made nothing for too long.
         """
@@ -200,6 +261,7 @@ class PositionedLoader(ABC):
             yield batch
         if self.epoch == epoch:
             self.epoch, self._next_batch = epoch + 1, 0
+            self._began_epoch = True
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, in global batches, and what makes it mean the same again.
@@ -238,6 +300,7 @@ class PositionedLoader(ABC):
         if (self.epoch, self._next_batch) != (state["epoch"], state["next_batch"]):
             self.close()
             self.epoch, self._next_batch = state["epoch"], state["next_batch"]
+            self._began_epoch = self._next_batch == 0
 
     def _order_fields(self) -> dict[str, Any]:
         """What the order of clips depends on, besides the epoch."""
@@ -245,27 +308,17 @@ class PositionedLoader(ABC):
         return {**self.table.identity, **{name: getattr(self.config, name) for name in names}}
 
     def _count(self, batch: ClipBatch) -> None:
-        """Adds up bad clips; raises TooManyBadClips over the budget."""
+        """Adds up bad clips; raises TooManyBadClips over the budget, if this loader judges them."""
+        self._counts.add(batch)
         for part in (batch, batch.second):
-            if part is None:
-                continue
-            self._clips_seen += sum(key != "" for key in part.keys)
-            for record in part.bad:
-                self.bad_clips[record.reason] += 1
-                self._bad_by_shard[record.shard] += 1
+            for record in () if part is None else part.bad:
                 log.info("bad clip %s of %s: %s", record.key, record.shard, record.reason)
-        num_bad = self.bad_clips.total()
-        allowed = self.config.max_bad_fraction
-        if self._clips_seen >= MIN_CLIPS_FOR_BUDGET and num_bad > allowed * self._clips_seen:
+        # One rank's part of an epoch is a sample of it.
+        complete = self._next_batch == len(self) and self._began_epoch and self.world_size == 1
+        allowed, counts = self.config.max_bad_fraction, self._counts
+        if self.judges_bad_clips and is_over_budget(counts.bad, counts.seen, allowed, complete=complete):
             self.close()
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.bad_clips.most_common())
-            shards = ", ".join(f"{shard} ({count})" for shard, count in self._bad_by_shard.most_common(3))
-            raise TooManyBadClips(
-                f"{num_bad} of {self._clips_seen} clips are bad ({reasons}), expected at most {allowed:.2%} "
-                f"(loader.max_bad_fraction); most are in {shards}; run tools/check_shards.py on "
-                f"{self.table.folder}",
-                batch,
-            )
+            raise TooManyBadClips(counts.over_budget(allowed, self.table.folder), batch)
 
 
 def open_shard_table(config: LoaderConfig) -> tuple[ShardFiles, ClipTable]:

@@ -26,7 +26,7 @@ def config(run_dir: Path, **changes: object) -> RunConfig:
         device="cpu",
         log_every=2,
         checkpoint_every=4,
-        loader=LoaderConfig(shards="none", global_batch_size=4, num_workers=0),
+        loader=LoaderConfig(shards="none", global_batch_size=4, num_workers=0, max_bad_fraction=0.1),
         model=ModelConfig(
             video=VideoEncoderConfig(widths=(4, 8), blocks=(1, 1), stem_width=4),
             audio=AudioEncoderConfig(widths=(4, 8), blocks=(1, 1)),

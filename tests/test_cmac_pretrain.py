@@ -1,14 +1,23 @@
 """The training loop: schedule, exact resume, log rows, checkpoints, and what it refuses."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import resource
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from fake_runs import CPU, FakeLoader, config, rows
 
 import cmac
+from cmac import agreement
 from cmac.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from cmac.config import (
     PRESETS,
@@ -22,9 +31,17 @@ from cmac.losses import LossConfig
 from cmac.model import StepOutput
 from cmac.nonfinite import tensors_not_finite
 from cmac.optim import OptimizerConfig
-from cmac.pretrain import Pretraining, learning_rate_at, pretrain, resolve_precision, start
+from cmac.pretrain import (
+    Pretraining,
+    learning_rate_at,
+    pretrain,
+    record_bad_clips,
+    resolve_precision,
+    start,
+)
 from cmac.pretrain import run as run_training
-from loaders.batch import ClipBatch
+from loaders.base import TooManyBadClips, is_over_budget
+from loaders.batch import BadClipRecord, ClipBatch
 from loaders.config import LoaderConfig
 
 
@@ -280,6 +297,208 @@ def test_bad_clips_of_steps_that_are_taken_again_are_listed_once(tmp_path):
     pretrain(run, FakeLoader(), CPU)
     listed = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(clip["epoch"], clip["step"]) for clip in listed] == [(0, 3), (1, 3), (2, 3)]
+
+
+# The budget of bad clips
+
+
+class Damaged(FakeLoader):
+    """Of each batch of four as many clips are bad as bad(epoch, step) says."""
+
+    def __init__(self, bad: Callable[[int, int], int], rank: int = 0) -> None:
+        super().__init__(rank=rank)
+        self._bad = bad
+
+    def _batch(self, step: int) -> ClipBatch:
+        batch, num_bad = super()._batch(step), self._bad(self.epoch, step)
+        shard = f"shard{self._rank}"
+        return dataclasses.replace(
+            batch,
+            valid=torch.arange(4) >= num_bad,
+            bad=tuple(BadClipRecord(key=key, shard=shard, reason="checksum") for key in batch.keys[:num_bad]),
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def budget(run_dir: Path, allowed: float, **changes: object):
+    loader = LoaderConfig(shards="none", global_batch_size=4, num_workers=0, max_bad_fraction=allowed)
+    return config(run_dir, loader=loader, **changes)
+
+
+def listed(run_dir: Path) -> list[tuple[int, str, str]]:
+    lines = map(json.loads, (run_dir / "bad_clips.jsonl").read_text().splitlines())
+    return sorted((line["step"], line["key"], line["shard"]) for line in lines)
+
+
+def stops_after(rate: float, num_runs: int, num_steps: int = 1700, batch: int = 128, ranks: int = 32):
+    """Steps that runs take with 1 % allowed and that share of bad clips, each independent of the others; num_steps if
+    they are not stopped. The counts of a step are the sum over its ranks."""
+    per_rank = np.random.default_rng(7).binomial(batch // ranks, rate, size=(num_runs, num_steps, ranks))
+    sums = np.cumsum(per_rank.sum(axis=2), axis=1)
+    return [
+        next(
+            (
+                step
+                for step, num_bad in enumerate(run.tolist(), start=1)
+                if is_over_budget(num_bad, step * batch, 0.01, complete=False)
+            ),
+            num_steps,
+        )
+        for run in sums
+    ]
+
+
+def test_runs_within_the_budget_never_stop_and_those_over_it_do_soon():
+    for rate in (0.002, 0.005, 0.008):
+        assert min(stops_after(rate, 100)) == 1700, rate
+    stopped = stops_after(0.02, 100)
+    assert max(stopped) < 100 and np.median(stopped) == pytest.approx(3500 / 128, rel=0.3)
+    assert max(stops_after(0.05, 100)) <= 10
+
+
+def test_how_many_clips_make_it_clear():
+    def over(num_bad: int, num_seen: int, allowed: float = 0.01, complete: bool = False) -> bool:
+        return is_over_budget(num_bad, num_seen, allowed, complete=complete)
+
+    assert over(4, 4) and not over(2, 2) and not over(2, 100) and not over(5, 100)
+    assert over(18, 360) and not over(16, 320)
+    assert over(1, 1, 0.0) and not over(0, 100, 0.0) and not over(0, 0) and not over(0, 0, 0.0)
+    assert not over(10_000, 10_000, 1.0) and not over(10_000, 10_000, 1.0, complete=True)
+    # All clips there are: no doubt is left, but of a handful one bad clip is not a share.
+    assert over(2, 100, complete=True) and not over(1, 100, complete=True)
+    assert not over(1, 8, complete=True) and over(6, 8, complete=True)
+
+
+def test_the_end_of_an_epoch_is_judged_by_what_is_there_and_over_a_resume(tmp_path):
+    """2 of 60 clips in the first epoch's steps 1 and 2 are no proof, 2 of 100 at the end of an epoch are over 1 %."""
+    wanted = budget(tmp_path, 0.01, epochs=9)
+
+    def loader() -> Damaged:
+        return Damaged(lambda epoch, step: int(epoch == 0 and step in (1, 2)))
+
+    assert pretrain(dataclasses.replace(wanted, max_steps=13), loader(), CPU).clips_seen == 52
+    training = start(wanted, loader(), CPU)
+    assert training.clips_seen == 52 and training.bad_clips == {"checksum": 2}
+    message = r"^2 of 100 clips are bad \(checksum 2\), expected at most 1.00% \(loader.max_bad_fraction\); run tools"
+    for _ in range(2):  # going on without a change ends at once, and as before
+        with pytest.raises(TooManyBadClips, match=message):
+            pretrain(wanted, loader(), CPU)
+        assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000024.pt"
+    assert listed(tmp_path) == [(1, "a", "shard0"), (2, "a", "shard0")]
+    assert (
+        pretrain(dataclasses.replace(budget(tmp_path, 0.02), max_steps=26, epochs=9), loader(), CPU).step
+        == 26
+    )
+
+
+def test_a_checkpoint_without_the_number_of_clips_counts_its_steps(tmp_path):
+    training = start(budget(tmp_path, 0.5), FakeLoader(), CPU)
+    state = {**training.state_dict(FakeLoader()), "step": 6}
+    assert state.pop("clips_seen") == 0
+    training.load_state_dict(state, FakeLoader())
+    assert training.clips_seen == 24
+
+
+def test_bad_clips_that_cannot_be_listed_end_no_run_and_are_told_once(tmp_path, monkeypatch, capsys):
+    real, calls = record_bad_clips, []
+
+    def failing(path: Path, batch: ClipBatch) -> None:
+        calls.append(batch.step)
+        if len(calls) in (2, 3):
+            raise OSError(28, "No space left on device")
+        real(path, batch)
+
+    monkeypatch.setattr("cmac.pretrain.record_bad_clips", failing)
+    assert pretrain(budget(tmp_path, 1.0, max_steps=5), Damaged(lambda epoch, step: 2), CPU).step == 5
+    err = capsys.readouterr().err
+    assert (
+        err.count("No space left on device") == 1 and "bad_clips.jsonl works again; 4 rows are missing" in err
+    )
+    assert [step for step, *_ in listed(tmp_path)] == [0, 0, 3, 3, 4, 4]
+    assert rows(tmp_path)[-1]["bad_clips"] == 10
+
+
+def test_rows_of_bad_clips_that_fit_in_part_are_taken_back(tmp_path):
+    path, batch = tmp_path / "bad_clips.jsonl", next(iter(Damaged(lambda epoch, step: 4)))
+    record_bad_clips(path, batch)
+    whole = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 100, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"100 of {len(whole)} bytes could be written"):
+            record_bad_clips(path, batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole
+    record_bad_clips(path, batch)
+    assert path.read_bytes() == 2 * whole
+
+
+# Two ranks; of the second one's clips all are bad, or one in four.
+SCENARIOS = {"under": (0.55, 4, 15), "over": (0.01, 4, 15), "apart": (1.0, 1, 3)}
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    agreement.LEAST_TIMEOUT_SECONDS = 60.0  # not half an hour, should one rank stop alone
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name, (allowed, num_bad, max_steps) in SCENARIOS.items():
+        run_dir = Path(folder, name)
+        wanted = budget(run_dir / "elsewhere" if name == "apart" and rank == 1 else run_dir, allowed)
+        wanted = dataclasses.replace(
+            wanted,
+            max_steps=max_steps,
+            hang_seconds=30.0,
+            loader=dataclasses.replace(wanted.loader, global_batch_size=8),
+        )
+        loader = Damaged(lambda epoch, step, num_bad=rank * num_bad: num_bad, rank)
+        training, error = start(wanted, loader, CPU), None
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            try:
+                run_training(training, loader)
+            except Exception as caught:
+                error = f"{type(caught).__name__}: {caught}"
+        report = {"step": training.step, "error": error, "told": told.getvalue(), "seen": training.clips_seen}
+        Path(folder, f"{name}_{rank}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """Folder where two ranks have run all scenarios, one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    return folder
+
+
+def reports(folder: Path, name: str) -> list[dict]:
+    return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_a_rank_of_which_all_clips_are_bad_stops_no_run_that_is_within_the_budget(two_ranks):
+    for report in reports(two_ranks, "under"):
+        assert (report["step"], report["error"], report["seen"]) == (15, None, 120), report
+    assert rows(two_ranks / "under")[-1]["bad_clips"] == 60
+
+
+def test_all_ranks_stop_at_the_same_step_when_their_clips_together_are_over_the_budget(two_ranks):
+    for report in reports(two_ranks, "over"):
+        assert report["step"] == 1 and report["error"] == (
+            "TooManyBadClips: 8 of 16 clips of all 2 ranks are bad (checksum 8), expected at most 1.00% "
+            "(loader.max_bad_fraction); most are in shard1 (8); run tools/check_shards.py on none"
+        ), report
+    assert listed(two_ranks / "over") == [(step, key, "shard1") for step in (0, 1) for key in "abcd"]
+    saved = read_checkpoint(list_checkpoints(two_ranks / "over/checkpoints")[-1])
+    assert (saved["step"], saved["clips_seen"], saved["bad_clips"]) == (1, 8, {"checksum": 4})
+
+
+def test_a_rank_without_the_run_folder_loses_its_rows_of_bad_clips_and_no_step(two_ranks):
+    first, second = reports(two_ranks, "apart")
+    assert first == {"step": 3, "error": None, "told": "", "seen": 24}
+    assert (second["step"], second["error"]) == (3, None) and second["told"].count("No such file") == 1
+    assert "bad_clips.jsonl ends; 3 rows are missing in it" in second["told"]
 
 
 def test_an_epoch_without_batches_is_refused(tmp_path):

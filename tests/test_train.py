@@ -1,7 +1,9 @@
 """train.py as a user runs it: videos to shards to a checkpoint, one process and two, stopped and resumed."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_runs import CPU, FakeLoader, config
 
 import cmac
 import train
@@ -188,15 +191,15 @@ def test_two_ranks_train_on_uneven_shards_and_resume_exactly(shards, tmp_path):
 
 
 def test_a_rank_that_fails_ends_all(shards, tmp_path):
-    """Clips that do not decode reach one rank's budget or the other's; neither may wait for its partner for ever."""
+    """Clips 10 to 14 of 16 do not decode, which both ranks have some of: neither waits for its partner for ever."""
     damaged = tmp_path / "damaged"
     shutil.copytree(shards, damaged)
-    for tar in damaged.glob("*.tar"):
+    for tar in damaged.glob("*-000002.tar"):
         content = bytearray(tar.read_bytes())
         for start in range(0, len(content), 1024):
             content[start + 700 : start + 720] = b"\0" * 20
         tar.write_bytes(content)
-    options = ("--max-steps", "60", "--loader.max-bad-fraction", "0")
+    options = ("--max-steps", "60", "--loader.no-shuffle", "--loader.max-bad-fraction", "0")
     result = subprocess.run(
         command(damaged, tmp_path / "run", *options, processes=2),
         cwd=ROOT,
@@ -206,10 +209,31 @@ def test_a_rank_that_fails_ends_all(shards, tmp_path):
         check=False,
     )
     assert result.returncode != 0
-    assert "clips are bad" in result.stderr and "check_shards" in result.stderr
+    assert re.search(r"[1-5] of 16 clips of all 2 ranks are bad \(.*check_shards", result.stderr)
     # What was trained so far is kept, and nobody's traceback hides the reason.
-    assert saved_step(tmp_path / "run") == len(rows(tmp_path / "run")) > 0
+    assert saved_step(tmp_path / "run") == len(rows(tmp_path / "run")) == 1
     assert 'train.py", line' not in result.stderr
+
+
+def test_a_list_of_bad_clips_that_cannot_be_written_does_not_hide_the_budget(tmp_path, monkeypatch, capsys):
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    small = config(tmp_path / "run")
+    small = dataclasses.replace(small, loader=dataclasses.replace(small.loader, max_bad_fraction=0.0))
+    loader = FakeLoader()
+    loader.close = lambda: None
+    monkeypatch.setattr("cmac.pretrain.record_bad_clips", full)
+    monkeypatch.setattr(train, "_build_loader", lambda *arguments: (small, loader, CPU))
+    monkeypatch.setattr(train.StopSignals, "ignore", lambda self: None)  # tests go on in this process
+    monkeypatch.setattr(sys, "argv", ["train.py", "demo"])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("train.py: 1 of 16 clips are bad (decode-error 1), expected at most 0.00%")
+    assert sum("No space left on device" in line for line in lines) == 1
+    assert saved_step(tmp_path / "run") == 3
 
 
 def test_two_clips_per_video_train_within_modal_positives(shards, tmp_path):
