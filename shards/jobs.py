@@ -48,7 +48,13 @@ SWEEP_SECONDS = 600.0
 """Between two looks of a process for temporary folders that others left."""
 TRANSFERS_AT_ONCE = 8
 """Small files that one worker reads from or deletes at a URL at the same time."""
+RETRY = storage.DEFAULT_RETRY
+"""For a video at a URL."""
+PROBE = storage.Retry(total_seconds=10.0)
+"""For a look whether another one can be read."""
 _next_sweep: dict[Path, float] = {}
+_last_url: str | None = None
+"""Of a video that could be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +80,8 @@ class RunSettings:
     """For one ffmpeg pass over one video."""
     max_source_bytes: int
     """Larger files are `too-large`."""
-    skip_refused: bool
-    """A video whose URL is refused is `refused`, and does not stop the run."""
+    skip_unavailable: bool
+    """A video whose URL is refused, or cannot be read while the one before can, does not stop the run."""
     limits: SourceLimits
 
 
@@ -140,14 +146,7 @@ def give_up(job: SliceJob, reason: str) -> ReportRow:
 def _sliced(job: SliceJob, folder: str) -> SlicedVideo:
     path, run = job.source.path, job.run
     if path is not None and storage.is_url(path):
-        try:
-            found = _downloaded(path, Path(folder), run.max_source_bytes)
-        except storage.SourceRefused as error:
-            if not run.skip_refused:
-                raise storage.SourceRefused(
-                    f"{error}; or leave out such videos with --skip-refused"
-                ) from error
-            return SlicedVideo(reason="refused", seconds=0)
+        found = _downloaded(path, Path(folder), run)
         if isinstance(found, SlicedVideo):
             return found
         path = str(found)
@@ -193,24 +192,40 @@ def _local_fault(path: str, max_bytes: int) -> str | None:
     return "too-large" if status.st_size > max_bytes else None
 
 
-def _downloaded(url: str, folder: Path, max_bytes: int) -> Path | SlicedVideo:
+def _downloaded(url: str, folder: Path, run: RunSettings) -> Path | SlicedVideo:
     """A copy of a video in `folder`, or why there is none.
 
     Raises:
-        SourceError: it could not be read, which is not the video's fault.
+        SourceError: it could not be read, which is not the video's fault or not to be skipped.
     """
+    global _last_url
     suffix = re.search(r"\.[A-Za-z0-9]{1,8}$", url)  # which ffmpeg takes as a hint
     path = folder / f"source{suffix[0] if suffix else ''}"
-    num_bytes = storage.size(url)
-    if num_bytes is not None and num_bytes > max_bytes:
-        return SlicedVideo(reason="too-large", seconds=0)
     try:
-        storage.download(url, path, num_bytes=num_bytes, max_bytes=max_bytes)
+        num_bytes = storage.size(url, RETRY)
+        if num_bytes is not None and num_bytes > run.max_source_bytes:
+            return SlicedVideo(reason="too-large", seconds=0)
+        storage.download(url, path, num_bytes=num_bytes, max_bytes=run.max_source_bytes, retry=RETRY)
     except FileNotFoundError:
         return SlicedVideo(reason="missing", seconds=0)
     except storage.TooLarge:
         return SlicedVideo(reason="too-large", seconds=0)
+    except storage.SourceError as error:
+        if not run.skip_unavailable:
+            raise storage.SourceError(f"{error}; or leave out such videos with --skip-unavailable") from error
+        refused = isinstance(error, storage.SourceRefused)
+        if not (refused if _last_url is None else _can_be_read(_last_url)):
+            raise
+        return SlicedVideo(reason="refused" if refused else "unreachable", seconds=0)
+    _last_url = url
     return path
+
+
+def _can_be_read(url: str) -> bool:
+    try:
+        return storage.size(url, PROBE) is not None
+    except storage.SourceError:
+        return False
 
 
 @functools.lru_cache

@@ -108,9 +108,9 @@ class ShardConfig:
     """For one ffmpeg pass over one video."""
     max_source_bytes: int = 16 << 30
     """Larger files are left out as `too-large`."""
-    skip_refused: bool = False
-    """Leave out videos whose URLs are refused (401, 403, 410 ...), as `refused`. If not, the first stops the run: with
-    credentials that have expired all are."""
+    skip_unavailable: bool = False
+    """Leave out videos whose URLs are refused (401, 403, 410 ...) or cannot be read while others can, as `refused` and
+    `unreachable`. If not, the first stops the run: that is how expired credentials and a lost network look, too."""
     limits: SourceLimits = field(default_factory=SourceLimits)
     """On what a file may ask of the machine."""
     slicing: SliceSettings = field(default_factory=SliceSettings)
@@ -602,7 +602,7 @@ def run_settings(config: ShardConfig, program: str, version: str, work: str) -> 
         ffmpeg=version,
         timeout_seconds=config.timeout_seconds,
         max_source_bytes=config.max_source_bytes,
-        skip_refused=config.skip_refused,
+        skip_unavailable=config.skip_unavailable,
         limits=config.limits,
     )
 

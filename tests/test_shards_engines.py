@@ -608,8 +608,8 @@ def test_video_whose_server_refuses_it_stops_the_run_with_its_name_or_is_skipped
         arguments += "--workers 2 --videos-per-shard 4 --max-clips 3 --preset ultrafast".split()
         assert make_tool.main(arguments) == 1
         error = capsys.readouterr().err
-        assert re.search(r"make_shards: cannot .*/3\.mp4: .*403.*--skip-refused", error)
-        skipping = [*arguments, "--skip-refused", "--out", str(tmp_path / "skipping")]
+        assert re.search(r"make_shards: cannot .*/3\.mp4: .*403.*--skip-unavailable", error)
+        skipping = [*arguments, "--skip-unavailable", "--out", str(tmp_path / "skipping")]
         assert make_tool.main(skipping) == 0
         server.always.clear()
         assert make_tool.main(arguments) == 0

@@ -9,7 +9,7 @@ import pytest
 from fake_servers import FaultyServer
 from make_shards_worker import FAST, configure
 
-from shards import jobs
+from shards import jobs, storage
 from shards.ffmpeg import ffmpeg_version, find_ffmpeg
 from shards.jobs import BlockJob, RunSettings, SliceJob, do_job
 from shards.make import run_settings
@@ -82,6 +82,31 @@ def test_an_endless_answer_is_too_large(run: RunSettings, tmp_path: Path) -> Non
         limited = dataclasses.replace(run, max_source_bytes=1 << 20)
         assert do_job(job(limited, f"{server.url}/video.mp4")).reason == "too-large"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "video.mp4", "work"]
+
+
+def test_a_url_that_fails_while_another_can_be_read_is_left_out_if_asked_for(
+    run: RunSettings, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RETRY", storage.Retry(total_seconds=0.3, first_wait=0.1))
+    monkeypatch.setattr(jobs, "PROBE", storage.Retry(total_seconds=0.1, first_wait=0.1))
+    monkeypatch.setattr(jobs, "_last_url", None)
+    skipping = dataclasses.replace(run, skip_unavailable=True)
+    (video.parent / "bad.mp4").write_bytes(b"x")
+    with FaultyServer(video.parent) as server:
+        server.always["bad.mp4"] = "503"
+        bad = job(skipping, f"{server.url}/bad.mp4", "bad.mp4")
+        with pytest.raises(storage.SourceError, match="bad.mp4"):  # nothing has been read yet
+            do_job(bad)
+        assert (
+            do_job(dataclasses.replace(job(skipping, f"{server.url}/video.mp4"), number=1)).status == "kept"
+        )
+        with pytest.raises(storage.SourceError, match="bad.mp4.* with --skip-unavailable"):
+            do_job(dataclasses.replace(bad, run=run))
+        server.always["video.mp4"] = "403"  # what could be read cannot any more
+        with pytest.raises(storage.SourceError, match="bad.mp4"):
+            do_job(bad)
+        del server.always["video.mp4"]
+        assert do_job(bad).reason == "unreachable"
 
 
 def test_temporary_folders_are_looked_through_once_in_a_while(

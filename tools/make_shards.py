@@ -116,10 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"leave out larger files (default: {ShardConfig.max_source_bytes / 2**30:g})",
     )
     add(
-        "--skip-refused",
+        "--skip-unavailable",
         action="store_true",
-        help="leave out videos whose URLs are refused (401, 403, 410 ...); if not given, the first stops the run, as "
-        "that is how expired credentials look, too",
+        help="leave out videos whose URLs are refused (401, 403, 410 ...) or cannot be read while others can; if not "
+        "given, the first stops the run, as that is how expired credentials and a lost network look, too",
     )
     add(
         "--max-pixels",
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             verify=args.verify,
             timeout_seconds=args.timeout,
             max_source_bytes=round(args.max_source_gib * 2**30),
-            skip_refused=args.skip_refused,
+            skip_unavailable=args.skip_unavailable,
             limits=SourceLimits(
                 max_pixels=args.max_pixels,
                 max_hours=args.max_hours,
