@@ -2,6 +2,7 @@
 list file. Each of them can be a local path or an fsspec URL (`s3://bucket/videos`)."""
 
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -31,6 +32,8 @@ LABEL_SEPARATOR = "; "
 """Between the labels of a video that has several. AudioSet's names have commas in them."""
 VGGSOUND_SECONDS = 10.0
 """Length of a VGGSound segment, of which the csv has the start alone."""
+NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+"""What a link to nothing, or to itself, gives."""
 SPLIT_NAMES = ({"train"}, {"val", "validate", "validation"}, {"test"})
 """Names that mean the same split."""
 
@@ -134,7 +137,27 @@ def _listed_file(folder: str, text: str) -> tuple[str, str | None]:
     name = os.path.relpath(path, _local(folder))
     if name.startswith(os.pardir + os.sep):
         name = os.path.abspath(path)
-    return name.replace(os.sep, "/"), path if os.path.exists(path) else None
+    return name.replace(os.sep, "/"), path if _exists(path) else None
+
+
+def _exists(path: str) -> bool:
+    """Whether something is there; OSError where the file system fails to tell."""
+    try:
+        os.stat(path)
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno in storage.TRANSIENT_ERRNOS:
+            raise _not_looked_at(path, error) from error
+        return False
+    return True
+
+
+def _not_looked_at(path: str, error: OSError) -> OSError:
+    return OSError(
+        f"{path} cannot be looked at ({error.strerror}), and is not left out for that; see whether its file system "
+        f"and its folder can be read, then run the same command again"
+    )
 
 
 def videos_of_kinetics(
@@ -524,6 +547,7 @@ def find_files(folder: str, leave_out: str | None = None) -> Iterable[str]:
     Raises:
         ValueError: `folder` is no folder, or nothing is listed below a URL.
         SourceError: a URL cannot be listed.
+        OSError: the file system does not tell what is there.
     """
     if _is_remote(folder):
         yield from _find_remote_files(folder, leave_out)
@@ -546,8 +570,10 @@ def find_files(folder: str, leave_out: str | None = None) -> Iterable[str]:
                 name = f"{below}{entry.name}"
                 try:
                     mode = entry.stat().st_mode  # of what a link points to
-                except OSError:
-                    continue  # a link to nothing
+                except OSError as error:
+                    if error.errno in NOTHING_THERE:
+                        continue
+                    raise _not_looked_at(entry.path, error) from error
                 if stat.S_ISDIR(mode):
                     real = os.path.realpath(entry.path)
                     if real not in seen and real != banned:

@@ -2,6 +2,7 @@
 odd ones are noticed."""
 
 import contextlib
+import errno
 import functools
 import http.server
 import os
@@ -84,6 +85,55 @@ def test_folder_without_videos_is_refused(tmp_path: Path) -> None:
         videos_of_folder(str(tmp_path))
     with pytest.raises(ValueError, match="not a folder"):
         videos_of_folder(str(tmp_path / "none"))
+
+
+class _NoAnswer:
+    """An entry of a folder of which the file system does not tell what it is."""
+
+    def __init__(self, entry: os.DirEntry) -> None:
+        self.name, self.path = entry.name, entry.path
+
+    def stat(self) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
+
+
+def test_files_that_the_file_system_does_not_tell_of_are_not_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4")
+    for name, target in (("nowhere", "nothing"), ("below", "a.mp4/b"), ("circle.mp4", "circle.mp4")):
+        (tmp_path / name).symlink_to(target)
+    assert ids(videos_of_folder(str(tmp_path))) == ["a.mp4", "b.mp4"]
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def failing(folder: str) -> Iterator[list[object]]:
+        with scandir(folder) as entries:
+            yield [_NoAnswer(entry) if entry.name == "a.mp4" else entry for entry in entries]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", failing)
+        with pytest.raises(OSError, match=r"a\.mp4 cannot be looked at \(Stale file handle\).*run the same"):
+            videos_of_folder(str(tmp_path))
+
+
+def test_listed_files_that_the_file_system_does_not_tell_of_are_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "list").write_text(f"a.mp4\nb.mp4\na.mp4/c.mp4\n{'x' * 300}\n")
+    videos, _ = videos_of_list(str(tmp_path), str(tmp_path / "list"))
+    assert [video.video_id for video in videos if video.path is not None] == ["a.mp4"] and len(videos) == 4
+    stat = os.stat
+
+    def failing(path: object, **options: object) -> os.stat_result:
+        if path == str(tmp_path / "a.mp4"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(OSError, match=r"a\.mp4 cannot be looked at \(Input/output error\)"):
+        videos_of_list(str(tmp_path), str(tmp_path / "list"))
 
 
 def test_list_names_videos(tmp_path: Path) -> None:
