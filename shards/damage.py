@@ -16,10 +16,21 @@ Span = tuple[float, float]
 
 
 def find_damage(
-    path: str, video_stream: int, audio_stream: int, read_seconds: float, limits: SourceLimits
+    path: str,
+    video_stream: int,
+    audio_stream: int,
+    read_seconds: float,
+    limits: SourceLimits,
+    *,
+    seek_seconds: float | None = None,
 ) -> list[Span]:
     """(start, end) in seconds after the start of the container, not sorted, may overlap. Only for files in
     which ffmpeg reported errors: the file is decoded once more, strictly.
+
+    Args:
+        read_seconds: decoding ends there.
+        seek_seconds: only what is told of parts after this counts, and decoding begins not long before. For files
+            in which one can jump there exactly. None: it begins at the start of the file.
 
     A part is damaged where a packet of either stream does not decode without error, where packets are
     missing, and in the picture from there to the next key frame. Raises nothing for what is in the file.
@@ -32,6 +43,8 @@ def find_damage(
             for stream in streams.values():
                 stream.codec_context.thread_type = "NONE"
                 stream.codec_context.options |= {"err_detect": "explode"}
+            if seek_seconds is not None:
+                _jump(container, streams[video_stream], seek_seconds + origin)
             last_end: dict[int, float] = {}
             bad_picture: Span | None = None
             for packet in _packets(container, list(streams.values())):
@@ -73,6 +86,17 @@ def _packets(container: av.container.InputContainer, streams: list[av.stream.Str
         except (StopIteration, av.error.FFmpegError):
             return
         yield packet
+
+
+def _jump(container: av.container.InputContainer, video: av.stream.Stream, seconds: float) -> None:
+    """To the key frame before the last one that is not after `seconds`: what follows the one that is jumped to may
+    refer to what is before it, which here is no damage."""
+    container.seek(round(seconds * av.time_base))
+    for packet in container.demux(video):
+        if packet.is_keyframe and packet.pts is not None:
+            times = [time for time in (packet.pts, packet.dts) if time is not None]
+            container.seek(min(times) - 1, stream=video)
+            return
 
 
 def _decodes(packet: av.Packet) -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,10 @@ SOURCE = "<source>"
 FULL_DISK = ("No space left on device", "Disk quota exceeded")
 NO_MEMORY = re.compile(r"Cannot allocate memory|malloc.{0,40} failed|pthread_create\(\) failed")
 """What ffmpeg and x264 print when they get none."""
+STOPPED_CODE = 255
+"""With this ffmpeg ends after a signal that asks it to (SIGTERM): what it has written by then looks whole."""
+NOT_PERMITTED = "Operation not permitted"
+"""Or with an error of this name, which decoders give for damage; then it prints it."""
 MAX_ERROR_CHARACTERS = 4000
 """Of what a program prints, the last part is kept."""
 _LAST_BYTES = 2**16
@@ -182,10 +187,25 @@ class Finished:
     """Whether it printed that the disk is full."""
     no_memory: bool = False
     """Whether it printed that it got no memory."""
+    not_permitted: bool = False
+    """Whether it printed `NOT_PERMITTED`."""
+
+    @property
+    def too_large(self) -> bool:
+        """Whether it was killed as a file that it wrote became larger than allowed."""
+        return self.return_code == -signal.SIGXFSZ
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended it that none of our limits sends: from outside (out of memory, SIGTERM to all
+        processes of a Slurm job), or its own crash. What it has written says nothing about the file."""
+        if self.return_code == STOPPED_CODE:
+            return not self.not_permitted
+        return self.return_code < 0 and not self.too_large
 
 
 class FfmpegTimeout(Exception):
-    """ffmpeg took longer than allowed and was killed."""
+    """ffmpeg took longer than allowed, or more time of the processor, and was killed."""
 
 
 def find_ffmpeg() -> str:
@@ -250,7 +270,7 @@ def run_ffmpeg(
         max_file_bytes: of each file that it writes (on Linux); it is killed where one becomes larger.
 
     Raises:
-        FfmpegTimeout: it was killed after `timeout_seconds`.
+        FfmpegTimeout: it was killed after `timeout_seconds`, or at this machine's limit on processor time.
         OSError: the disk is full.
     """
     limits = {
@@ -275,7 +295,7 @@ def run_ffmpeg(
 def _run_once(
     command: Sequence[str], folder: Path, timeout_seconds: float, limits: dict[str, int | None]
 ) -> Finished:
-    deadline = time.monotonic() + timeout_seconds
+    deadline, cpu_before, cpu_limit = time.monotonic() + timeout_seconds, _children_cpu_seconds(), math.inf
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -295,6 +315,8 @@ def _run_once(
                     _, hard = resource.getrlimit(kind)  # of a login node, say: none may go above it
                     if hard != resource.RLIM_INFINITY:
                         value = min(value, hard)
+                    if name == "RLIMIT_CPU":
+                        cpu_limit = value
                     resource.prlimit(process.pid, kind, (value, value))
         assert process.stderr is not None
         poll = select.poll()
@@ -319,12 +341,24 @@ def _run_once(
         if process.stderr is not None:
             process.stderr.close()
     text = errors.decode("utf-8", "replace")
-    return Finished(
+    finished = Finished(
         return_code=process.returncode,
         errors=text[-MAX_ERROR_CHARACTERS:],
         full_disk=any(words in text for words in FULL_DISK),
         no_memory=NO_MEMORY.search(text) is not None,
+        not_permitted=NOT_PERMITTED in text,
     )
+    if finished.killed and _children_cpu_seconds() - cpu_before > cpu_limit - 0.5:
+        raise FfmpegTimeout(f"killed after {cpu_limit} s of processor time")
+    return finished
+
+
+def _children_cpu_seconds() -> float:
+    """Processor time of all processes that this one has started and that have ended."""
+    if sys.platform != "linux":
+        return 0.0
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _is_full(folder: Path) -> bool:

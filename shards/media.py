@@ -2,7 +2,9 @@
 machine is bounded."""
 
 import os
+import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ FORMATS = (
 )
 """Containers that are read. A playlist (HLS, DASH, concat, ...) could make libav read other files, so none is among
 them. Tracks of a QuickTime file that lie in other files are left out by libav itself (`enable_drefs` is off)."""
+
+READ_BYTES = 1 << 20
+"""Of a file that is read through, at a time."""
 
 
 class Unusable(Exception):
@@ -120,6 +125,24 @@ def _check_header(container: av.container.InputContainer, limits: SourceLimits) 
             raise Unusable("too-many-streams")
     if container.duration is not None and container.duration / av.time_base > limits.max_hours * 3600:
         raise Unusable("too-long")
+
+
+def read_through(path: str, seconds: float) -> None:
+    """Read a file once, for no longer than this: whether the disk or the file system gives it, whatever is in it.
+    What is no regular file is not opened.
+
+    Raises:
+        OSError: it does not.
+    """
+    deadline = time.monotonic() + seconds
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while time.monotonic() < deadline and os.read(descriptor, READ_BYTES):
+            pass
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

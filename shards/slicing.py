@@ -8,11 +8,17 @@ so nothing is made up in between. The header's durations are only a hint: where 
 promise, a second one takes what is there.
 """
 
+import errno
+import functools
 import io
 import math
-import signal
+import os
+import re
+import socket
 import tempfile
+import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +28,7 @@ import numpy as np
 
 from shards.damage import find_damage
 from shards.ffmpeg import AUDIO_FILE, FfmpegTimeout, Finished, SliceCommand, run_ffmpeg
-from shards.media import SourceLimits, Unusable, bounded_memory, open_media
+from shards.media import SourceLimits, Unusable, bounded_memory, open_media, read_through
 from shards.order import hash_fraction, shuffled
 from shards.schema import (
     FPS,
@@ -34,6 +40,7 @@ from shards.schema import (
     WAV_HEADER,
 )
 from shards.sources import Needs
+from shards.storage import TRANSIENT_ERRNOS
 
 HALF_FRAME_SECONDS = 0.5 / FPS
 """The video is on a grid of 1/32 s, to which times are rounded."""
@@ -49,6 +56,22 @@ MAX_LATE_SECONDS = 3600.0
 """A stream may start so long after the other: ffmpeg puts silence there, which takes time. More is `too-long`."""
 EXACT_FORMATS = ("mov", "matroska")
 """Formats with an index of times, in which a jump ends where it should; others are decoded from their start."""
+KILLED_WAIT_SECONDS = (1.0, 4.0, 10.0)
+"""A pass whose ffmpeg was killed is done again after these, then the video is `crash`."""
+READ_WAIT_SECONDS = (0.5, 1.0, 2.0)
+"""A file that cannot be read is read again after these."""
+SLACK_SECONDS = 45
+"""For all passes over a video there is twice the time of one, as without trying again, and this."""
+ATTEMPTS = 4
+"""A video is sliced so often at most, where reading it fails in between."""
+FAULTS = frozenset(
+    "undecodable unreadable truncated damaged too-short outside-window no-video no-audio".split()
+)
+"""Reasons that speak against a file if it can be read, and against its file system if it cannot."""
+READ_FAILED = re.compile(
+    "|".join([*(re.escape(os.strerror(n)) for n in sorted(TRANSIENT_ERRNOS)), "I/O error"])
+)
+"""What libav says where reading failed, or where it calls damage so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +188,9 @@ def slice_video(
 ) -> SlicedVideo:
     """Clips of one video. Never raises for what is in the file.
 
+    What speaks against the file counts only if the file can be read from its start to its end; where that fails at
+    first, it is sliced again.
+
     Args:
         path: the file.
         video_id, seed: the random start within the first spare part of a second, and the random choice of
@@ -178,18 +204,86 @@ def slice_video(
         limits: on what the file may ask of the machine; None: the default ones.
 
     Raises:
-        OSError: the disk is full or the work folder is gone.
+        OSError: the disk is full, the work folder is gone, or the file system that the file is on fails.
     """
-    limits = limits or SourceLimits()
+    deadline = time.monotonic() + 2 * timeout_seconds + SLACK_SECONDS
+    for attempt in range(ATTEMPTS):
+        said: list[str] = []
+        sliced = _slice_once(
+            path, video_id, seed, settings, program, timeout_seconds, work_folder, window,
+            limits or SourceLimits(), deadline, said,
+        )  # fmt: skip
+        if sliced.reason not in FAULTS and not (any(said) and sliced.reason in ("", "silent")):
+            return sliced
+        try:
+            num_failed = _failed_reads(path, deadline)
+        except Unusable as error:
+            return SlicedVideo(reason=error.reason, seconds=0)
+        # A failure may be over by the time the file is read. But words may be no more than words: once is enough.
+        if not num_failed and (attempt or not READ_FAILED.search("\n".join(said))):
+            return sliced
+    return SlicedVideo(reason="unreadable", seconds=0)
+
+
+def _failed_reads(path: str, deadline: float) -> int:
+    """How often reading a file fails before it works.
+
+    Raises:
+        Unusable: it does not, for what may be wrong with the file alone.
+        OSError: it does not, for what is wrong with its file system.
+    """
+    for num_failed, wait in enumerate((*READ_WAIT_SECONDS, None)):
+        try:
+            read_through(path, deadline - time.monotonic())
+            return num_failed
+        except OSError as error:
+            if wait is not None:
+                time.sleep(wait)
+            elif error.errno in TRANSIENT_ERRNOS - {errno.EIO} or _is_unmounted(path):
+                raise OSError(
+                    f"{path} cannot be read on {socket.gethostname()} ({error.strerror}); see what its file system "
+                    f"lacks there, then run the same command again, it goes on where it stopped"
+                ) from error
+            else:
+                raise Unusable("missing" if error.errno == errno.ENOENT else "unreadable") from error
+    raise AssertionError
+
+
+def _is_unmounted(path: str) -> bool:
+    """Whether the folder that a file was in is gone or empty."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        return not os.path.lexists(path) and not os.listdir(folder)
+    except OSError:
+        return True
+
+
+def _slice_once(
+    path: str,
+    video_id: str,
+    seed: int,
+    settings: SliceSettings,
+    program: str,
+    timeout_seconds: float,
+    work_folder: str | None,
+    window: tuple[float, float] | None,
+    limits: SourceLimits,
+    deadline: float,
+    said: list[str],
+) -> SlicedVideo:
+    """See `slice_video`. What libav and ffmpeg say of errors is appended to `said`."""
+    run = functools.partial(
+        _run_pass, timeout_seconds=timeout_seconds, deadline=deadline, work_folder=work_folder, said=said
+    )
     try:
         with bounded_memory(limits.max_memory_bytes):
             probe = probe_video(path, limits=limits)
             if window is not None:
                 window = None if _is_window(path, probe, window, limits) else window
-            return _slice_probed(
-                path, video_id, seed, settings, program, timeout_seconds, work_folder, probe, window, limits
-            )
+            return _slice_probed(path, video_id, seed, settings, program, run, probe, window, limits)
     except Unusable as error:
+        if error.__cause__ is not None:
+            said.append(str(error.__cause__))
         return SlicedVideo(reason=error.reason, seconds=0)
     except FfmpegTimeout:
         return SlicedVideo(reason="timeout", seconds=0)
@@ -226,8 +320,7 @@ def _slice_probed(
     seed: int,
     settings: SliceSettings,
     program: str,
-    timeout_seconds: float,
-    work_folder: str | None,
+    run: Callable[..., "_Pass"],
     probe: VideoProbe,
     window: tuple[float, float] | None,
     limits: SourceLimits,
@@ -259,42 +352,43 @@ def _slice_probed(
     read_seconds = probe.start_seconds + max(max_seconds, 0) + 1
 
     def one_pass(start: float, chosen: tuple[int, ...] | None) -> _Pass:
-        with tempfile.TemporaryDirectory(dir=work_folder, prefix="pass-") as folder:
-            command = SliceCommand(
-                path=path,
-                video_stream=probe.video_stream,
-                audio_stream=probe.audio_stream,
-                start_seconds=start,
-                read_seconds=read_seconds,
-                origin_seconds=origin,
-                seek=seek,
-                max_pixels=limits.max_pixels,
-                seconds=chosen,
-                scaled_size=geometry.scaled_size,
-                crop_offset=geometry.crop_offset,
-                frame_size=geometry.frame_size,
-                scale_first=probe.fps < FPS,
-                crf=settings.crf,
-                preset=settings.preset,
-            )
-            finished = run_ffmpeg(
-                command.build(program),
-                Path(folder),
-                timeout_seconds,
-                max_memory_bytes=limits.max_memory_bytes,
-                # Twice what the sound takes, and far more than a second of picture.
-                max_file_bytes=2**26 + round(4 * SAMPLE_RATE * (read_seconds - origin)),
-            )
-            _refuse_excess(finished)
-            return _collect(
-                Path(folder), start, origin, chosen, geometry.frame_size, max_seconds, finished.errors
-            )
+        command = SliceCommand(
+            path=path,
+            video_stream=probe.video_stream,
+            audio_stream=probe.audio_stream,
+            start_seconds=start,
+            read_seconds=read_seconds,
+            origin_seconds=origin,
+            seek=seek,
+            max_pixels=limits.max_pixels,
+            seconds=chosen,
+            scaled_size=geometry.scaled_size,
+            crop_offset=geometry.crop_offset,
+            frame_size=geometry.frame_size,
+            scale_first=probe.fps < FPS,
+            crf=settings.crf,
+            preset=settings.preset,
+        )
+        return run(
+            command.build(program),
+            lambda folder, errors: _collect(
+                folder, start, origin, chosen, geometry.frame_size, max_seconds, errors
+            ),
+            max_memory_bytes=limits.max_memory_bytes,
+            # Twice what the sound takes, and far more than a second of picture.
+            max_file_bytes=2**26 + round(4 * SAMPLE_RATE * (read_seconds - origin)),
+        )
 
     result = one_pass(start, chosen)
     damage = []
     if result.errors:
         damage = find_damage(
-            path, probe.video_stream, probe.audio_stream, probe.start_seconds + max_seconds, limits
+            path,
+            probe.video_stream,
+            probe.audio_stream,
+            probe.start_seconds + max_seconds,
+            limits,
+            seek_seconds=origin if seek else None,
         )
     if chosen is not None and (len(result.clips) < len(chosen) or result.more_audio_than(promised) or damage):
         # The header lied, or not everything decodes. Without choice and shift, nothing that is there is lost.
@@ -329,8 +423,51 @@ def _slice_probed(
     )
 
 
+def _run_pass(
+    command: list[str],
+    collect: Callable[[Path, str], "_Pass"],
+    *,
+    max_memory_bytes: int,
+    max_file_bytes: int,
+    timeout_seconds: float,
+    deadline: float,
+    work_folder: str | None,
+    said: list[str],
+) -> "_Pass":
+    """What `collect` makes of the folder that ffmpeg worked in, and of what it printed. Where something kills ffmpeg,
+    it begins again in an empty folder.
+
+    Raises:
+        Unusable: `crash` if it is killed each time; what it may not do.
+        FfmpegTimeout: it takes too long.
+    """
+    end = min(time.monotonic() + timeout_seconds, deadline)
+    for attempt, wait in enumerate((*KILLED_WAIT_SECONDS, None)):
+        with tempfile.TemporaryDirectory(dir=work_folder, prefix="pass-") as folder:
+            try:
+                finished = run_ffmpeg(
+                    command,
+                    Path(folder),
+                    max(end - time.monotonic(), 0),
+                    max_memory_bytes=max_memory_bytes,
+                    max_file_bytes=max_file_bytes,
+                )
+            except FfmpegTimeout as error:
+                if attempt:
+                    raise Unusable("crash") from error  # it had less time than others
+                raise
+            said.append(finished.errors)
+            _refuse_excess(finished)
+            if not finished.killed:
+                return collect(Path(folder), finished.errors)
+        if wait is None or time.monotonic() + wait >= end:
+            break
+        time.sleep(wait)
+    raise Unusable("crash")
+
+
 def _refuse_excess(finished: Finished) -> None:
-    if finished.return_code == -signal.SIGXFSZ:
+    if finished.too_large:
         raise Unusable("too-long")
     if finished.return_code and finished.no_memory:
         raise Unusable("memory")

@@ -6,6 +6,7 @@ Whatever they hold and whatever they are called, they cost themselves and nothin
 import ast
 import io
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -527,6 +528,44 @@ def test_limits_of_the_machine_that_are_lower_stay(tmp_path: Path) -> None:
     )
     done = subprocess.run(["sh", "-c", 'ulimit -t 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT)
     assert done.returncode == 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of ffmpeg are set on Linux alone")
+def test_the_limit_on_processor_time_is_a_timeout_and_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    getrlimit = resource.getrlimit
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: (1, 1) if kind == resource.RLIMIT_CPU else getrlimit(kind)
+    )
+    with pytest.raises(FfmpegTimeout, match="after 1 s of processor time"):
+        run_ffmpeg(program("while True: pass"), tmp_path, 60)
+    finished = run_ffmpeg(program("import os; os.kill(os.getpid(), 9)"), tmp_path, 60)
+    assert finished.return_code == -signal.SIGKILL and finished.killed
+
+
+def test_a_video_that_crashes_ffmpeg_each_time_costs_itself_alone(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = tmp_path / "ffmpeg"
+    deadly.write_text(
+        f'#!/bin/sh\ncase "$*" in *deadly.mp4*) kill -SEGV $$;; esac\nexec "{find_ffmpeg()}" "$@"\n'
+    )
+    deadly.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(deadly))
+    monkeypatch.setattr(slicing, "KILLED_WAIT_SECONDS", (0.0, 0.0, 0.0))
+
+    def in_this_process(function, next_job, num_workers, limit_seconds):
+        while (job := next_job()) is not None:
+            yield job, function(job)
+
+    monkeypatch.setattr("shards.make.open_engine", lambda *unused: in_this_process)
+    (tmp_path / "videos").mkdir()
+    for name in ("deadly.mp4", "good.mp4"):
+        (tmp_path / "videos" / name).write_bytes(good.read_bytes())
+    make_shards(ShardConfig(videos=str(tmp_path / "videos"), out=str(tmp_path / "out"), slicing=FAST))
+    rows = {row.path: (row.status, row.reason) for row in read_report(tmp_path / "out" / "report.csv")}
+    assert rows == {"deadly.mp4": ("skipped", "crash"), "good.mp4": ("kept", "")}
 
 
 def test_a_program_that_prints_without_end_takes_no_memory_and_is_killed_in_time(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Slicing: clips are whole and in sync, and only what is really there becomes a clip."""
 
+import errno
 import io
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import av
 import numpy as np
 import pytest
 
-from shards import slicing
-from shards.ffmpeg import FfmpegTimeout, SliceCommand, find_ffmpeg, run_ffmpeg
-from shards.media import open_media
+from shards import damage, slicing
+from shards.damage import find_damage
+from shards.ffmpeg import FfmpegTimeout, Finished, SliceCommand, find_ffmpeg, run_ffmpeg
+from shards.media import SourceLimits, open_media
 from shards.schema import (
     FRAME_SIZES,
     FRAMES_PER_CLIP,
@@ -537,6 +540,280 @@ def test_what_ends_before_or_inside_a_window_says_so(long_files: dict[str, Path]
     late = slice_window(path, 19.0, 29.0)
     assert late.seconds == 3 and late.clips[-1].start_seconds + 1 <= 22.1
     assert slice_window(path, 21.5, 31.5).reason == "too-short"
+
+
+# --- a late window of a damaged file ----------------------------------------------------------------------------
+
+
+def packets_of(path: Path, kind: str, begin: float, end: float) -> list[tuple[int, int]]:
+    """(position, bytes) of the packets of one stream that are shown in between."""
+    found = []
+    with open_media(str(path)) as container:
+        (stream,) = getattr(container.streams, kind)
+        for packet in container.demux(stream):
+            if packet.pts is not None and begin <= float(packet.pts * packet.time_base) < end:
+                found.append((packet.pos, packet.size))
+    return found
+
+
+def damage_packets(path: Path, kind: str, begin: float, end: float) -> None:
+    data = bytearray(path.read_bytes())
+    packets = packets_of(path, kind, begin, end)
+    assert packets
+    for position, size in packets:
+        data[position + size // 3 : position + size] = bytes(size - size // 3)
+    path.write_bytes(data)
+
+
+def overlapping(spans: list[tuple[float, float]], begin: float, end: float) -> list[tuple[float, float]]:
+    """The parts of spans that lie in between, joined."""
+    joined: list[tuple[float, float]] = []
+    for start, stop in sorted((max(start, begin), min(stop, end)) for start, stop in spans):
+        if start >= stop:
+            continue
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+OPEN_GOP = ("-flags", "-cgop", "-bf", "3", "-x264-params", "open-gop=1:b-adapt=0:scenecut=0")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize(
+    "gop", [dict(gop_frames=40), dict(gop_frames=180, extra=OPEN_GOP)], ids=["4 s", "open, 18 s"]
+)
+def test_damage_in_a_late_window_is_found_without_decoding_what_is_before(
+    suffix: str, gop: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_flash_beep_video(tmp_path / f"a{suffix}", seconds=60.0, size=(64, 48), fps="10", **gop)
+    decoded = []
+    decodes = damage._decodes
+    monkeypatch.setattr(damage, "_decodes", lambda *args: decoded.append(args) or decodes(*args))
+
+    def spans(seek: float | None) -> tuple[list[tuple[float, float]], int]:
+        decoded.clear()
+        found = find_damage(str(path), 0, 1, 56.0, SourceLimits(), seek_seconds=seek)
+        return overlapping(found, 50.0, 56.0), len(decoded)
+
+    assert spans(38.0)[0] == spans(None)[0] == []
+    damage_packets(path, "video", 5.0, 8.0)
+    damage_packets(path, "audio", 20.0, 21.0)
+    few, many = spans(38.0), spans(None)
+    assert few[0] == many[0] == []
+    assert few[1] < 0.75 * many[1]
+    damage_packets(path, "audio", 52.2, 52.6)
+    assert spans(38.0)[0] == spans(None)[0]
+    sound = spans(38.0)[0]
+    assert 52.1 < sound[0][0] < sound[-1][1] < 52.7
+    damage_packets(path, "video", 54.5, 54.6)
+    assert spans(38.0)[0] == spans(None)[0]
+    assert spans(38.0)[0][-1] == pytest.approx((54.5, 56.0), abs=0.2)
+    for begin in (0.0, 1.0):  # no key frame is before that
+        assert overlapping(find_damage(str(path), 0, 1, 4.0, SourceLimits(), seek_seconds=begin), 0, 4) == []
+
+
+def test_seconds_of_a_late_window_that_do_not_decode_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_flash_beep_video(tmp_path / "a.mp4", seconds=40.0, size=(64, 48))
+    damage_packets(path, "audio", 3.0, 5.0)
+    damage_packets(path, "audio", 34.2, 34.6)
+    asked = []
+    find = slicing.find_damage
+    monkeypatch.setattr(
+        slicing, "find_damage", lambda *args, **options: asked.append(options) or find(*args, **options)
+    )
+    sliced = slice_window(path, 32.0, 38.0)
+    assert asked == [{"seek_seconds": 20}]
+    assert sliced.reason == "damaged"
+    assert [clip.start_seconds for clip in sliced.clips] == [32.0, 33.0, 35.0, 36.0, 37.0]
+    assert slice_file(path, preset="ultrafast").reason == "damaged"
+    assert asked[1:] == [{"seek_seconds": None}]
+
+
+# --- faults of the machine --------------------------------------------------------------------------------------
+
+
+def ffmpeg_after(tmp_path: Path, times: int, instead: str) -> Path:
+    """A program that is ffmpeg after it was something else so many times; `runs` beside it counts."""
+    path = tmp_path / "program"
+    path.write_text(
+        f"#!/bin/sh\n"
+        f"ffmpeg='{find_ffmpeg()}'\n"
+        f"echo x >> '{tmp_path}/runs'\n"
+        f"if [ $(wc -l < '{tmp_path}/runs') -le {times} ]; then\n{instead}\nfi\n"
+        f'exec "$ffmpeg" "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def num_runs(tmp_path: Path) -> int:
+    runs = (tmp_path / "runs").read_text().count("x")
+    (tmp_path / "runs").unlink()
+    return runs
+
+
+HALF_DONE = '"$ffmpeg" "$@"; rm -f video0001.mp4; truncate -s 50000 audio.raw; '
+
+
+@pytest.mark.parametrize("end", ["kill -KILL $$", "exit 255"], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_pass_whose_ffmpeg_is_killed_is_done_again(
+    end: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slicing, "KILLED_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    path = make_flash_beep_video(tmp_path / "a.mp4", seconds=4.4, size=(64, 48))
+    settings = SliceSettings(preset="ultrafast", max_clips=2)
+    unbroken = slice_video(str(path), "a", 0, settings, find_ffmpeg(), 60)
+    assert len(unbroken.clips) == 2
+    program = ffmpeg_after(tmp_path, times, HALF_DONE + end)
+    assert slice_video(str(path), "a", 0, settings, str(program), 60, str(tmp_path)) == unbroken
+    assert num_runs(tmp_path) == times + 1
+    assert not list(tmp_path.glob("pass-*"))
+
+
+def test_ffmpeg_ends_with_the_code_that_tells_it_was_asked_to(tmp_path: Path) -> None:
+    command = [find_ffmpeg(), *"-v error -re -f lavfi -i anullsrc -f s16le sound".split()]
+    script = '"$@" & sleep 1; kill -TERM $!; wait $!; exit $?'
+    finished = run_ffmpeg(["sh", "-c", script, "sh", *command], tmp_path, 60)
+    assert finished.return_code == 255 and finished.killed
+
+
+def test_an_error_of_a_decoder_with_that_code_is_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_flash_beep_video(
+        tmp_path / "a.ogg", seconds=2.4, size=(64, 48), codecs=("libtheora", "libvorbis")
+    )
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x82theora") + 7
+    data[at : at + 400] = bytes(400)
+    path.write_bytes(data)
+    codes = []
+
+    def watched(*args: object, **options: object) -> Finished:
+        codes.append(run_ffmpeg(*args, **options))
+        return codes[-1]
+
+    monkeypatch.setattr(slicing, "run_ffmpeg", watched)
+    assert slice_file(path).reason == "undecodable"
+    assert {finished.return_code for finished in codes} == {255} and len(codes) <= 2
+
+
+@pytest.mark.parametrize("signal_name", ["KILL", "SEGV"])
+def test_a_video_whose_ffmpeg_always_dies_is_a_crash(
+    signal_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slicing, "KILLED_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    path = make_flash_beep_video(tmp_path / "a.mp4", seconds=2.4, size=(64, 48))
+    program = ffmpeg_after(tmp_path, 99, f"kill -{signal_name} $$")
+    sliced = slice_video(str(path), "a", 0, SliceSettings(), str(program), 60)
+    assert (sliced.reason, sliced.clips) == ("crash", ())
+    assert num_runs(tmp_path) == 4
+    monkeypatch.setattr(slicing, "KILLED_WAIT_SECONDS", (0.0, 60.0, 0.0))
+    assert slice_video(str(path), "a", 0, SliceSettings(), str(program), 30).reason == "crash"
+    assert num_runs(tmp_path) == 2, "what does not fit into the time of a pass is not waited for"
+
+
+@pytest.fixture
+def unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of which each read gives EIO."""
+    monkeypatch.setattr(slicing, "READ_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    path = tmp_path / "a.mp4"
+    path.symlink_to("/proc/self/mem")
+    if not path.exists():
+        pytest.skip("no /proc/self/mem on this machine")
+    with pytest.raises(OSError) as raised, open(path, "rb", buffering=0) as file:
+        file.read(1)
+    assert raised.value.errno == errno.EIO
+    return path
+
+
+def test_a_file_that_stays_unreadable_is_not_called_undecodable(unreadable: Path) -> None:
+    assert slice_file(unreadable) == SlicedVideo(reason="unreadable", seconds=0)
+
+
+def test_a_file_that_can_be_read_again_is_sliced_again(
+    unreadable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = make_flash_beep_video(unreadable.with_name("good.mp4"), seconds=2.4, size=(64, 48))
+    failures = []
+
+    def read_through(path: str, seconds: float) -> None:
+        try:
+            read(path, seconds)
+        except OSError as error:
+            failures.append(error.errno)
+            if len(failures) == 2:
+                unreadable.unlink()
+                unreadable.symlink_to(good)
+            raise
+
+    read = slicing.read_through
+    monkeypatch.setattr(slicing, "read_through", read_through)
+    assert (
+        slice_file(unreadable).clips
+        == slice_video(str(good), unreadable.name, 0, SliceSettings(), find_ffmpeg(), 60).clips
+    )
+    assert failures == [errno.EIO, errno.EIO]
+
+
+def test_a_read_that_failed_for_ffmpeg_alone_costs_nothing(tmp_path: Path) -> None:
+    path = make_flash_beep_video(tmp_path / "a.mp4", seconds=4.4, size=(64, 48))
+    settings = SliceSettings(preset="ultrafast", max_clips=2)
+    unbroken = slice_video(str(path), "a", 0, settings, find_ffmpeg(), 60)
+    failing = f"{HALF_DONE} echo 'Error during demuxing: Input/output error' >&2; exit 0"
+    program = str(ffmpeg_after(tmp_path, 1, failing))
+    assert slice_video(str(path), "a", 0, settings, program, 60) == unbroken
+    num_runs(tmp_path)
+    # Damage may be called so, too.
+    program = str(ffmpeg_after(tmp_path, 99, "echo 'Input/output error' >&2; exit 1"))
+    assert slice_video(str(path), "a", 0, settings, program, 60).reason == "undecodable"
+    assert num_runs(tmp_path) == 4, "two passes, and once more"
+    program = str(ffmpeg_after(tmp_path, 99, "echo 'Invalid data' >&2; exit 1"))
+    assert slice_video(str(path), "a", 0, settings, program, 60).reason == "undecodable"
+    assert num_runs(tmp_path) == 2
+
+
+@pytest.mark.parametrize("num_failures", [3, 99])
+def test_a_file_system_that_fails_is_waited_for_and_then_named(
+    num_failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slicing, "READ_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    path = make_flash_beep_video(tmp_path / "a.mp4", seconds=2.4, size=(64, 48))
+    unbroken = slice_file(path)
+    failures = []
+    stat = os.stat
+
+    def stale(name: object, *args: object, **options: object) -> os.stat_result:
+        if name == str(path) and len(failures) < num_failures:
+            failures.append(name)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        return stat(name, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stale)
+    if num_failures == 99:
+        with pytest.raises(OSError, match="Stale file handle.*run the same command again") as raised:
+            slice_file(path)
+        assert str(path) in str(raised.value) and socket.gethostname() in str(raised.value)
+        assert len(failures) == 5
+    else:
+        assert slice_file(path) == unbroken
+        assert len(failures) == 3
+
+
+def test_a_file_that_is_gone_by_then_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slicing, "READ_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    (tmp_path / "b.mp4").write_bytes(b"")
+    assert slice_file(tmp_path / "a.mp4").reason == "missing"
+    (tmp_path / "b.mp4").unlink()
+    for folder in (tmp_path, tmp_path / "gone"):  # as if it were mounted no more
+        with pytest.raises(OSError, match=r"a\.mp4 cannot be read.*No such file.*run the same command again"):
+            slice_file(folder / "a.mp4")
 
 
 @pytest.mark.parametrize(
