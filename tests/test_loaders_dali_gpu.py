@@ -21,6 +21,7 @@ import torch
 from loaders_media import SIZES, clip_info, encode_audio, encode_video, picture, tone, write_shards
 
 from loaders.augment import draw_augmentation
+from loaders.base import BatchRequest
 from loaders.batch import ClipBatch
 from loaders.config import AudioConfig, LoaderConfig, VideoConfig, gdt_audio_config
 from loaders.decode import uniform_frame_indices
@@ -474,30 +475,42 @@ def test_closing_does_not_wait_for_what_hangs_and_is_not_disturbed_by_it_later(m
     config = config_of(media["cpu"]["good"], video=VideoConfig(num_frames=1))
     expected = [batch.keys for batch in take(DaliGpuLoader(config, device="cpu"), 6)]
     loader = DaliGpuLoader(config, device="cpu")
-    owner, name = {"read": (loader._shards, "read"), "decode": (dali_gpu.DaliDecoder, "take")}[place]
-    call, release, hanging, calls = (
-        getattr(owner, name),
-        threading.Event(),
-        threading.Event(),
-        itertools.count(),
-    )
+    release, hanging = threading.Event(), threading.Event()
 
-    def hang(*arguments: object) -> object:
-        if next(calls) >= (8 if place == "read" else 2):
-            hanging.set()
-            release.wait()
-        return call(*arguments)
+    def hang() -> None:
+        hanging.set()
+        release.wait()
 
-    monkeypatch.setattr(owner, name, hang)
+    def read(request: BatchRequest) -> object:
+        if (request.epoch, request.step) >= (0, 2):
+            hang()
+        return DaliGpuLoader._read(loader, request)
+
+    class Decoder(DaliDecoder):
+        num_taken = 0
+
+        def take(self) -> object:
+            if self.num_taken == 2:
+                hang()
+            self.num_taken += 1
+            return super().take()
+
+    owner, name, patched = {
+        "read": (loader, "_read", read),
+        "decode": (dali_gpu, "DaliDecoder", Decoder),
+    }[place]
+    unpatched = getattr(owner, name)
+    monkeypatch.setattr(owner, name, patched)
+    others = set(threading.enumerate())
     batches = iter(loader)
     keys = [next(batches).keys]
     assert hanging.wait(60)
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("loader-")]
+    threads = [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("loader-")]
     begin = time.monotonic()
     loader.close()
     assert time.monotonic() - begin < 5
     assert any(thread.is_alive() for thread in threads) and all(thread.daemon for thread in threads)
-    monkeypatch.setattr(owner, name, call)
+    monkeypatch.setattr(owner, name, unpatched)
     batches = iter(loader)
     keys.append(next(batches).keys)
     release.set()
