@@ -401,8 +401,10 @@ class _Run:
         """Count the clips of the next step. False, and nothing is counted, if with them too many of all are bad."""
         training = self._training
         num_bad, num_seen = self._num_bad + outlook.num_bad, training.clips_seen + outlook.num_clips
-        allowed = training.config.loader.max_bad_fraction
-        if is_over_budget(num_bad, num_seen, allowed, complete=batch.step == training.steps_per_epoch - 1):
+        loader = training.config.loader
+        steps_left = training.steps_per_epoch - 1 - batch.step
+        num_left = steps_left * loader.global_batch_size * loader.clips_per_video
+        if is_over_budget(num_bad, num_seen, num_left, loader.max_bad_fraction):
             return False
         self._counts.add(batch)
         self._num_bad, training.clips_seen = num_bad, num_seen

@@ -72,23 +72,30 @@ class ClipCounts:
         )
 
 
-def is_over_budget(num_bad: int, num_seen: int, allowed: float, *, complete: bool) -> bool:
-    """Whether more than the share `allowed` of all clips is bad, as far as those seen tell.
+def is_over_budget(num_bad: int, num_seen: int, num_left: int, allowed: float) -> bool:
+    """Whether more than the share `allowed` of all clips is bad: with those that are left of the epoch, were they all
+    good, from MIN_CLIPS_FOR_BUDGET on. What is bad often lies together, in one shard, so the share of those seen says
+    little of the rest. But at half of them or more one does not wait: it is over if that is beyond a doubt.
 
-    complete: they are all there are; from MIN_CLIPS_FOR_BUDGET on they are simply compared. Otherwise they are a
-    sample, and it has to be clear: where `allowed` of all clips are bad, a share b or more of a sample is with a chance
-    of at most exp(-num_seen * KL(b || allowed)) (Chernoff), which has to be below CHANCE_OF_BUDGET. With 1 % allowed
-    four clips are enough if all are bad, 340 if 5 % are, and 3,500 if 2 % are.
+    Args:
+        num_bad: clips that are bad.
+        num_seen: clips so far, with those.
+        num_left: clips to come until the epoch ends.
+        allowed: 0: none may be bad; 1: all may.
     """
     if num_bad <= allowed * num_seen:
         return False
-    if allowed == 0 or (complete and num_seen >= MIN_CLIPS_FOR_BUDGET):
+    num_clips = num_seen + num_left
+    if allowed == 0 or (num_clips >= MIN_CLIPS_FOR_BUDGET and num_bad > allowed * num_clips):
         return True
     share = num_bad / num_seen
+    if share < 0.5:
+        return False
+    # Chernoff: where `allowed` of all clips are bad, so large a share of a sample is with this chance at most.
     divergence = share * math.log(share / allowed)
     if share < 1:
         divergence += (1 - share) * math.log((1 - share) / (1 - allowed))
-    return num_seen * divergence > -math.log(CHANCE_OF_BUDGET)
+    return math.exp(-num_seen * divergence) < CHANCE_OF_BUDGET
 
 
 class WorkerDied(RuntimeError):
@@ -158,7 +165,6 @@ class PositionedLoader(ABC):
         self._next_batch = 0
         self.judges_bad_clips = True
         self._counts = ClipCounts()
-        self._began_epoch = True  # the batches of this epoch were all handed out here
         self._ahead: FetchAhead | None = None
 
     @abstractmethod
@@ -261,7 +267,6 @@ class PositionedLoader(ABC):
             yield batch
         if self.epoch == epoch:
             self.epoch, self._next_batch = epoch + 1, 0
-            self._began_epoch = True
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, in global batches, and what makes it mean the same again.
@@ -300,7 +305,6 @@ class PositionedLoader(ABC):
         if (self.epoch, self._next_batch) != (state["epoch"], state["next_batch"]):
             self.close()
             self.epoch, self._next_batch = state["epoch"], state["next_batch"]
-            self._began_epoch = self._next_batch == 0
 
     def _order_fields(self) -> dict[str, Any]:
         """What the order of clips depends on, besides the epoch."""
@@ -313,10 +317,9 @@ class PositionedLoader(ABC):
         for part in (batch, batch.second):
             for record in () if part is None else part.bad:
                 log.info("bad clip %s of %s: %s", record.key, record.shard, record.reason)
-        # One rank's part of an epoch is a sample of it.
-        complete = self._next_batch == len(self) and self._began_epoch and self.world_size == 1
         allowed, counts = self.config.max_bad_fraction, self._counts
-        if self.judges_bad_clips and is_over_budget(counts.bad, counts.seen, allowed, complete=complete):
+        num_left = (len(self) - self._next_batch) * self.batch_size * self.config.clips_per_video
+        if self.judges_bad_clips and is_over_budget(counts.bad, counts.seen, num_left, allowed):
             self.close()
             raise TooManyBadClips(counts.over_budget(allowed, self.table.folder), batch)
 

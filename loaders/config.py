@@ -207,9 +207,8 @@ class LoaderConfig:
     clips_per_video: int = 1
     """2: each batch has a second clip of the same videos as batch.second (Table 3, positives)."""
     max_bad_fraction: float = 0.01
-    """A run stops when more than this share of the clips cannot be used: as soon as those seen, of all ranks and since
-    its start, leave no doubt (all of 4, or 5 % of 340, where 1 % is allowed), or at the end of an epoch if at least 100
-    were seen. 0: at the first; 1: never."""
+    """A run stops when more than this share of the clips of all ranks, from its start to the end of the epoch, cannot
+    be used: as soon as that is certain, or at once if half of those seen are bad. 0: at the first; 1: never."""
     max_bad_shard_fraction: float = 0.1
     """The loader does not start when more than this share of the shards is missing or damaged."""
     verify_shards: Literal["size", "sha256"] = "size"

@@ -332,47 +332,46 @@ def listed(run_dir: Path) -> list[tuple[int, str, str]]:
     return sorted((line["step"], line["key"], line["shard"]) for line in lines)
 
 
-def stops_after(rate: float, num_runs: int, num_steps: int = 1700, batch: int = 128, ranks: int = 32):
-    """Steps that runs take with 1 % allowed and that share of bad clips, each independent of the others; num_steps if
-    they are not stopped. The counts of a step are the sum over its ranks."""
-    per_rank = np.random.default_rng(7).binomial(batch // ranks, rate, size=(num_runs, num_steps, ranks))
-    sums = np.cumsum(per_rank.sum(axis=2), axis=1)
-    return [
-        next(
-            (
-                step
-                for step, num_bad in enumerate(run.tolist(), start=1)
-                if is_over_budget(num_bad, step * batch, 0.01, complete=False)
-            ),
-            num_steps,
-        )
-        for run in sums
-    ]
+def stops_after(bad: np.ndarray, batch: int = 128) -> int:
+    """Steps that a run of one epoch takes with 1 % allowed and so many bad clips in each step, all ranks together."""
+    for step, num_bad in enumerate(np.cumsum(bad).tolist(), start=1):
+        if is_over_budget(num_bad, step * batch, (len(bad) - step) * batch, 0.01):
+            return step
+    return len(bad)
 
 
-def test_runs_within_the_budget_never_stop_and_those_over_it_do_soon():
+def test_runs_within_the_budget_never_stop_and_those_over_it_do():
+    generator, num_steps = np.random.default_rng(7), 1700
     for rate in (0.002, 0.005, 0.008):
-        assert min(stops_after(rate, 100)) == 1700, rate
-    stopped = stops_after(0.02, 100)
-    assert max(stopped) < 100 and np.median(stopped) == pytest.approx(3500 / 128, rel=0.3)
-    assert max(stops_after(0.05, 100)) <= 10
+        assert {stops_after(generator.binomial(128, rate, num_steps)) for _ in range(100)} == {num_steps}, (
+            rate
+        )
+    for rate, steps in ((0.02, 850), (0.05, 340)):  # when 1 % of the epoch's clips are bad
+        assert stops_after(generator.binomial(128, rate, num_steps)) == pytest.approx(steps, rel=0.1)
+    assert max(stops_after(generator.binomial(128, 0.7, num_steps)) for _ in range(100)) == 1
 
 
-def test_how_many_clips_make_it_clear():
-    def over(num_bad: int, num_seen: int, allowed: float = 0.01, complete: bool = False) -> bool:
-        return is_over_budget(num_bad, num_seen, allowed, complete=complete)
-
-    assert over(4, 4) and not over(2, 2) and not over(2, 100) and not over(5, 100)
-    assert over(18, 360) and not over(16, 320)
-    assert over(1, 1, 0.0) and not over(0, 100, 0.0) and not over(0, 0) and not over(0, 0, 0.0)
-    assert not over(10_000, 10_000, 1.0) and not over(10_000, 10_000, 1.0, complete=True)
-    # All clips there are: no doubt is left, but of a handful one bad clip is not a share.
-    assert over(2, 100, complete=True) and not over(1, 100, complete=True)
-    assert not over(1, 8, complete=True) and over(6, 8, complete=True)
+def test_a_bad_shard_at_the_start_of_a_run_within_the_budget_does_not_stop_it():
+    bad = np.zeros(1700, dtype=int)
+    bad[:32] = 32  # 1,024 clips, mixed with those of three shards
+    assert stops_after(bad) == 1700
+    bad[:100] = 32  # three of them: more than 2,176, 1 % of the epoch
+    assert stops_after(bad) == 69
 
 
-def test_the_end_of_an_epoch_is_judged_by_what_is_there_and_over_a_resume(tmp_path):
-    """2 of 60 clips in the first epoch's steps 1 and 2 are no proof, 2 of 100 at the end of an epoch are over 1 %."""
+def test_how_many_clips_are_too_many():
+    over = is_over_budget
+    assert over(4, 4, 10_000, 0.01) and not over(2, 2, 10_000, 0.01) and not over(49, 100, 10_000, 0.01)
+    assert over(101, 5_000, 5_000, 0.01) and not over(100, 5_000, 5_000, 0.01)
+    assert over(1, 1, 99, 0.0) and not over(0, 100, 0, 0.0) and not over(0, 0, 100, 0.01)
+    assert not over(10_000, 10_000, 0, 1.0)
+    # Of a handful of clips one bad clip is not a share.
+    assert over(2, 100, 0, 0.01) and not over(1, 100, 0, 0.01)
+    assert not over(1, 8, 0, 0.01) and over(6, 8, 0, 0.01)
+
+
+def test_the_budget_goes_on_over_a_resume(tmp_path):
+    """An epoch has 20 clips, too few to be judged. In the fifth it is certain: 2 of 100 are over 1 %."""
     wanted = budget(tmp_path, 0.01, epochs=9)
 
     def loader() -> Damaged:
@@ -381,11 +380,11 @@ def test_the_end_of_an_epoch_is_judged_by_what_is_there_and_over_a_resume(tmp_pa
     assert pretrain(dataclasses.replace(wanted, max_steps=13), loader(), CPU).clips_seen == 52
     training = start(wanted, loader(), CPU)
     assert training.clips_seen == 52 and training.bad_clips == {"checksum": 2}
-    message = r"^2 of 100 clips are bad \(checksum 2\), expected at most 1.00% \(loader.max_bad_fraction\); run tools"
+    message = r"^2 of 84 clips are bad \(checksum 2\), expected at most 1.00% \(loader.max_bad_fraction\); run tools"
     for _ in range(2):  # going on without a change ends at once, and as before
         with pytest.raises(TooManyBadClips, match=message):
             pretrain(wanted, loader(), CPU)
-        assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000024.pt"
+        assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000020.pt"
     assert listed(tmp_path) == [(1, "a", "shard0"), (2, "a", "shard0")]
     assert (
         pretrain(dataclasses.replace(budget(tmp_path, 0.02), max_steps=26, epochs=9), loader(), CPU).step
