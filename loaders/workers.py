@@ -57,7 +57,7 @@ HANG_SECONDS = (
 CLOSE_SECONDS = 5.0  # for workers to end by themselves
 STACK_SECONDS = 1.0  # for workers to write down where they hang
 STACK_TURN_SECONDS = 0.1  # for each, or their lines would mix
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}  # ask a run to stop
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # ask a run to stop
 ALIGNMENT = 64  # bytes: arrays of a batch start at a cache line
 
 
