@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> RunConfig:
 def main() -> None:
     """Join a loader and a model, and train.
 
-    SIGTERM, SIGUSR1 and Ctrl-C save the run after the step that is under way and end it with status 0.
+    SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save the run after the step that is under way and end it with status 0.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with StopSignals() as stop, ExitStack() as until_end:

@@ -71,7 +71,12 @@ def test_a_worker_ignores_signals_of_others_and_is_named_when_it_hangs():
     batches = iter(loader)
     assert [next(batches).keys for _ in range(2)] == [("0",), ("1",)]
     pids = [str(pid) for pid in loader._workers.process_ids]
-    for name in ("TERM", "USR1", "INT", "HUP"):  # as a batch system does; not from the training process itself
+    for name in (
+        "TERM",
+        "USR1",
+        "INT",
+        "HUP",
+    ):  # as a batch system does; not from the training process itself
         subprocess.run(["kill", f"-{name}", *pids], check=True)
     assert [next(batches).keys for _ in range(4)] == [("2",), ("3",), ("4",), ("5",)]
     processes = loader._workers._processes
