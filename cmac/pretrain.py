@@ -387,15 +387,11 @@ class _Run:
                 )
             if outlook.stop or outlook.failed:
                 raise _Halt(position, outlook.stop, failure)
-            self._list_bad_clips(batch)
+            if own.bad:
+                self._bad_list.write(batch, own.bad)
             if not self._count(batch, outlook):
                 raise _Halt(position, False, self._too_many_bad_clips(batch, outlook))
             yield batch
-
-    def _list_bad_clips(self, batch: ClipBatch) -> None:
-        num_bad = len(batch.bad) + (0 if batch.second is None else len(batch.second.bad))
-        if num_bad > 0:
-            self._bad_list.write(batch, num_bad)
 
     def _count(self, batch: ClipBatch, outlook: Outlook) -> bool:
         """Count the clips of the next step. False, and nothing is counted, if with them too many of all are bad."""

@@ -5,7 +5,6 @@ files see to it that no two processes download the same one. Over the limit the 
 deleted; whoever has one open reads on from it.
 """
 
-import fcntl
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shards import storage
-from shards.lock import NO_LOCKS
+from shards.lock import NO_LOCKS, try_lock
 from shards.manifest import ShardEntry
 from shards.reader import ShardReader, find_shard_fault
 from shards.storage import Retry, SourceError
@@ -281,10 +280,7 @@ def _flock(path: Path, wait: bool) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+            locked = try_lock(descriptor, wait=wait)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -292,7 +288,7 @@ def _flock(path: Path, wait: bool) -> Iterator[bool]:
                 f"loader.cache_dir: {path.parent} cannot be locked ({error.strerror}), expected a file system with "
                 f"locks; choose a folder on a disk of this machine"
             ) from error
-        yield True
+        yield locked
     finally:
         os.close(descriptor)
 

@@ -5,7 +5,6 @@ at all, and looks first whether that is there. So a job may be done again after 
 dead, and even twice at the same time: nothing is lost and nothing is there twice.
 """
 
-import fcntl
 import functools
 import glob
 import json
@@ -25,7 +24,8 @@ from typing import Any
 
 from shards import storage
 from shards.ffmpeg import ffmpeg_version, find_ffmpeg
-from shards.media import SourceLimits
+from shards.lock import try_lock
+from shards.media import SourceLimits, is_unmounted
 from shards.order import shuffled
 from shards.results import (
     ReportRow,
@@ -178,12 +178,11 @@ def _local_fault(path: str, max_bytes: int) -> str | None:
     except FileNotFoundError as error:
         if os.path.lexists(path):
             return "unreadable"  # a link to nothing
-        folder = os.path.dirname(path)
-        if os.path.isdir(folder) and os.listdir(folder):
+        if not is_unmounted(path):
             return "missing"  # deleted meanwhile
         raise OSError(
-            f"{folder} is not there or empty, expected the videos that were listed when the run started; mount them "
-            f"on {socket.gethostname()}, then run the same command again"
+            f"{os.path.dirname(path)} is not there or empty, expected the videos that were listed when the run "
+            f"started; mount them, then run the same command again"
         ) from error
     except PermissionError:
         return "unreadable"
@@ -236,8 +235,8 @@ def _checked_program(program: str, version: str) -> str:
     found = ffmpeg_version(program)
     if found != version:
         raise OSError(
-            f"{socket.gethostname()}: {program} is {found!r}, expected {version!r}, which the run was started "
-            f"with; install the same version of imageio-ffmpeg on all machines, or shards would differ"
+            f"{program} is {found!r}, expected {version!r}, which the run was started with; install the same version "
+            f"of imageio-ffmpeg on all machines, or shards would differ"
         )
     return program
 
@@ -342,7 +341,7 @@ def _temporary_folder(run: RunSettings) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=parent, prefix=FOLDER_PREFIX, ignore_cleanup_errors=True) as folder:
         with open(os.path.join(folder, LOCK_NAME), "w") as file:
             with suppress(OSError):  # without locks nobody deletes it
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(file)
             yield folder
 
 
@@ -363,9 +362,8 @@ def _is_abandoned(folder: Path) -> bool:
         if time.time() - folder.stat().st_mtime < LOCKED_SECONDS:
             return False
         with open(folder / LOCK_NAME, "r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return try_lock(file)
     except FileNotFoundError:  # killed while it was deleted
         return True
-    except OSError:  # held, gone, another user's, or on a file system without locks
+    except OSError:  # another user's, or on a file system without locks
         return False
-    return True

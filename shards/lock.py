@@ -13,8 +13,28 @@ log = logging.getLogger(__name__)
 _said: set[Path] = set()
 
 
-def take_lock(file: IO | int, path: Path, *, wait: bool = False) -> bool:
+def try_lock(file: IO | int, *, wait: bool = False) -> bool:
     """Lock an open file until it is closed.
+
+    Args:
+        file: the file, or its descriptor.
+        wait: for the process that has it.
+
+    Returns:
+        Whether no other process, and no other opening of the file in this one, has it.
+
+    Raises:
+        OSError: the file system fails, or has no locks (NO_LOCKS).
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def take_lock(file: IO | int, path: Path, *, wait: bool = False) -> bool:
+    """Lock an open file as `try_lock` does.
 
     Where the file system has no locks this is said aloud, once per process, and the work goes on without: it
     may be the end of hours.
@@ -31,9 +51,7 @@ def take_lock(file: IO | int, path: Path, *, wait: bool = False) -> bool:
         OSError: the file system fails.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
+        return try_lock(file, wait=wait)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

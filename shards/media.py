@@ -145,6 +145,15 @@ def read_through(path: str, seconds: float) -> None:
         os.close(descriptor)
 
 
+def is_unmounted(path: str) -> bool:
+    """Whether the folder that a file was in is gone or empty."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        return not os.path.lexists(path) and not os.listdir(folder)
+    except OSError:
+        return True
+
+
 @contextmanager
 def bounded_memory(num_bytes: int) -> Iterator[None]:
     """Inside, this process may take so much memory more than it has; then allocations fail (MemoryError, or an

@@ -28,7 +28,14 @@ import numpy as np
 
 from shards.damage import find_damage
 from shards.ffmpeg import AUDIO_FILE, FfmpegTimeout, Finished, SliceCommand, run_ffmpeg
-from shards.media import SourceLimits, Unusable, bounded_memory, open_media, read_through
+from shards.media import (
+    SourceLimits,
+    Unusable,
+    bounded_memory,
+    is_unmounted,
+    open_media,
+    read_through,
+)
 from shards.order import hash_fraction, shuffled
 from shards.schema import (
     FPS,
@@ -239,7 +246,7 @@ def _failed_reads(path: str, deadline: float) -> int:
         except OSError as error:
             if wait is not None:
                 time.sleep(wait)
-            elif error.errno in TRANSIENT_ERRNOS - {errno.EIO} or _is_unmounted(path):
+            elif error.errno in TRANSIENT_ERRNOS - {errno.EIO} or is_unmounted(path):
                 raise OSError(
                     f"{path} cannot be read on {socket.gethostname()} ({error.strerror}); see what its file system "
                     f"lacks there, then run the same command again, it goes on where it stopped"
@@ -247,15 +254,6 @@ def _failed_reads(path: str, deadline: float) -> int:
             else:
                 raise Unusable("missing" if error.errno == errno.ENOENT else "unreadable") from error
     raise AssertionError
-
-
-def _is_unmounted(path: str) -> bool:
-    """Whether the folder that a file was in is gone or empty."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        return not os.path.lexists(path) and not os.listdir(folder)
-    except OSError:
-        return True
 
 
 def _slice_once(

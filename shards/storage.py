@@ -256,8 +256,6 @@ def download(
         while True:
             try:
                 download_.attempt(retry.stall_seconds, max_bytes)
-            except TooLarge:
-                raise
             except Exception as error:
                 if download_.has_progressed():
                     attempts.restart()
