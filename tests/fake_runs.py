@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 
 from cmac.config import RunConfig
 from cmac.encoders import AudioEncoderConfig, VideoEncoderConfig
@@ -104,3 +105,14 @@ class FakeLoader:
 
 def rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def run_two_ranks(function: Callable[[int, str], None], folder: Path) -> Path:
+    """`folder`, where function(rank, folder) has run as ranks 0 and 1."""
+    torch.multiprocessing.spawn(function, (str(folder),), nprocs=2)
+    return folder
+
+
+def reports(folder: Path, name: str) -> list[dict]:
+    """What each of two ranks has written of a scenario."""
+    return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]

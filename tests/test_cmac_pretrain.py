@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from fake_runs import CPU, FakeLoader, config, rows
+from fake_runs import CPU, FakeLoader, config, reports, rows, run_two_ranks
 
 import cmac
 from cmac import agreement
@@ -467,13 +466,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     """Folder where two ranks have run all scenarios, one after the other."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
-    return folder
-
-
-def reports(folder: Path, name: str) -> list[dict]:
-    return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+    return run_two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def test_a_rank_of_which_all_clips_are_bad_stops_no_run_that_is_within_the_budget(two_ranks):

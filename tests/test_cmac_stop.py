@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from fake_runs import CPU, FakeLoader, config
+from fake_runs import CPU, FakeLoader, config, reports, run_two_ranks
 
 from cmac import agreement
 from cmac import pretrain as pretrain_module
@@ -242,13 +241,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     """Folder where two ranks have run all scenarios, one after the other."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
-    return folder
-
-
-def reports(folder: Path, name: str) -> list[dict]:
-    return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+    return run_two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks):
